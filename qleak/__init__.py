@@ -1,0 +1,24 @@
+"""qleak: how much of the training data can be rebuilt from what was shared?"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qleak import attacks, channels, data, metrics, models
+    from qleak.client import View, gradient, per_example
+    from qleak.plans import Audit
+
+__all__ = ["Audit", "View", "attacks", "channels", "data", "gradient", "metrics", "models", "per_example"]
+
+_HOME = {"Audit": "qleak.plans", "View": "qleak.client", "gradient": "qleak.client", "per_example": "qleak.client"}
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used, so that `qleak --help` does not import torch."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    if name in __all__:
+        return import_module(f"qleak.{name}")
+    raise AttributeError(f"module 'qleak' has no attribute {name!r}")

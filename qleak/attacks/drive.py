@@ -1,0 +1,74 @@
+"""Runs an attack over its lanes: step after step, finished lanes set aside, until none is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from qleak.client import View
+from qleak.types import Attack, Guess, Status, Tree
+
+
+class Progress(NamedTuple):
+    """After `step` closures: own loss and status of every lane, in the order they came."""
+
+    step: int
+    loss: Tensor
+    status: Tensor
+
+
+def lanes_at(state: Any, lanes: Tensor) -> Any:
+    """Every tensor of a state indexed by lane; 0-dim tensors (shared counters) stay."""
+    return pytree.tree_map(lambda v: v[lanes] if isinstance(v, Tensor) and v.ndim else v, state)
+
+
+def drive(attack: Attack, view: View, start: Tree, every: int = 25) -> Iterator[Progress | tuple[Guess, Tensor, Tensor]]:
+    """Yields `Progress` each `every` steps, and at the end (guess, status `[lane]`, closures `[lane]`).
+
+    Lanes that are finished, converged or diverged are read out and taken out of the batch; the rest
+    goes on alone. What a lane computes does not depend on which others run beside it.
+    """
+    total = view.lanes
+    state = attack.init(view, start)
+    alive = torch.arange(total)
+    guesses: dict[int, Guess] = {}
+    loss, status = torch.full((total,), torch.inf), torch.zeros(total, dtype=torch.int64)
+    closures = torch.zeros(total, dtype=torch.int64)
+    step = 0
+    ended = _status(state)
+    while len(alive):
+        if step % every == 0 or step >= attack.steps:
+            live = step < attack.steps
+            stop = torch.ones_like(alive, dtype=torch.bool) if not live else (ended != Status.ACTIVE)
+            if bool(stop.any()):
+                guess = attack.read(view, state)
+                for i in torch.nonzero(stop)[:, 0].tolist():
+                    guesses[int(alive[i])] = Guess(guess.x[i], guess.labels[i], guess.loss[i])
+                    status[alive[i]] = ended[i] if int(ended[i]) else Status.FINISHED
+                    closures[alive[i]] = min(step, attack.steps)
+                keep = torch.nonzero(~stop)[:, 0]
+                if not len(keep):
+                    break
+                alive, ended = alive[keep], ended[keep]
+                view, state = view.at(keep.to(_device(view))), lanes_at(state, keep.to(_device(view)))
+        state, info = attack.step(view, state)
+        step += 1
+        if step % every == 0 or step >= attack.steps:
+            ended = info.status.cpu()
+            loss[alive] = info.loss.detach().float().cpu()
+            status[alive] = ended
+            yield Progress(step, loss.clone(), status.clone())
+    ordered = [guesses[i] for i in range(total)]
+    yield Guess(*(torch.stack(parts) for parts in zip(*ordered, strict=True))), status, closures
+
+
+def _status(state: Any) -> Tensor:
+    return state.status.cpu()
+
+
+def _device(view: View) -> torch.device:
+    return next(iter(view.params.values())).device

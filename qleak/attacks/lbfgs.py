@@ -1,0 +1,149 @@
+"""Batched L-BFGS in compact form: every lane its own history, one closure per lane and step.
+
+The inverse Hessian of a lane is γI + [S γY] M [S γY]ᵀ (Byrd, Nocedal, Schnabel 1994, theorem 2.2),
+so a direction costs two batched passes over the pairs and two small triangular solves, and no loop
+over the history. Pairs sit in a ring; the small Gram matrices are put in order of age when used.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from qleak.catalog import factory
+from qleak.check import at_least, positive, whole
+from qleak.types import Optimizer
+
+
+class LbfgsState(NamedTuple):
+    """`lane` first everywhere. `count` pairs were stored since the last restart; `calls` counts updates."""
+
+    calls: Tensor
+    count: Tensor
+    s: Tensor
+    y: Tensor
+    sy: Tensor
+    yy: Tensor
+    gamma: Tensor
+    x: Tensor
+    loss: Tensor
+    grad: Tensor
+    direction: Tensor
+    step: Tensor
+    slope: Tensor
+    started: Tensor
+
+
+@factory
+def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: float = 0.5) -> Optimizer:
+    """Limited-memory BFGS (Liu & Nocedal 1989).
+
+    Without line search it takes torch.optim.LBFGS's steps: first −g·min(1, 1/‖g‖₁)·lr, then −Hg·lr,
+    a pair is stored when sᵀy > 1e-10. With `armijo` a step that does not lower the loss enough
+    (f > f₀ + 1e-4·t·gᵀd) is shortened and tried again at the next call.
+
+    Args:
+        history: pairs kept; fewer than about 100 do not converge on gradient matching.
+        armijo: backtrack, or accept every step as the 2019 attack does.
+        lr: length of the first trial along a direction.
+        shrink: factor of a rejected step.
+    """
+    whole(history=history)
+    at_least(1, history=history)
+    positive(lr=lr, shrink=shrink)
+
+    def init(x: Tensor) -> LbfgsState:
+        lanes, d = x.shape
+        lane = x.new_zeros(lanes)
+        gram = torch.zeros(lanes, history, history, dtype=torch.float64, device=x.device)
+        pairs = x.new_zeros(lanes, history, d)
+        count = torch.zeros(lanes, dtype=torch.int64, device=x.device)
+        return LbfgsState(
+            calls=torch.zeros((), dtype=torch.int64), count=count, s=pairs, y=pairs.clone(), sy=gram, yy=gram.clone(),
+            gamma=lane + 1, x=x, loss=lane + torch.inf, grad=torch.zeros_like(x), direction=torch.zeros_like(x),
+            step=lane, slope=lane.clone(), started=count > 0,
+        )  # fmt: skip
+
+    def update(state: LbfgsState, x: Tensor, loss: Tensor, grad: Tensor) -> tuple[Tensor, LbfgsState]:
+        enough = loss <= state.loss + 1e-4 * state.step * state.slope
+        accept = ~state.started | enough if armijo else torch.ones_like(state.started)
+        col = accept[:, None]
+        x0, g0 = torch.where(col, x, state.x), torch.where(col, grad, state.grad)
+        f0 = torch.where(accept, loss, state.loss)
+        state, sg, yg = _store(state, accept & state.started, x - state.x, grad - state.grad, g0, history)
+        d = torch.where(col, _direction(state, g0, sg, yg), state.direction)
+        slope = (d * g0).sum(-1)
+        # A direction that does not descend (rounding, or a lost history) starts again from −g.
+        bad = accept & ~(slope < 0)
+        d = torch.where(bad[:, None], -g0, d)
+        slope = torch.where(bad, -g0.square().sum(-1), slope)
+        count = torch.where(bad, 0, state.count)
+        first = lr * (1 / g0.abs().sum(-1).clamp(min=1e-30)).clamp(max=1)
+        step = torch.where(accept, torch.where(count == 0, first, lr), state.step * shrink)
+        state = state._replace(
+            calls=state.calls + 1, count=count, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
+            started=torch.ones_like(state.started),
+        )  # fmt: skip
+        return x0 + step[:, None] * d, state
+
+    def restart(state: LbfgsState, lanes: Tensor) -> LbfgsState:
+        return state._replace(
+            count=torch.where(lanes, 0, state.count),
+            started=state.started & ~lanes,
+            gamma=torch.where(lanes, 1, state.gamma),
+        )
+
+    return Optimizer(init, update, restart)
+
+
+def _store(
+    state: LbfgsState, wanted: Tensor, s: Tensor, y: Tensor, g: Tensor, history: int
+) -> tuple[LbfgsState, Tensor, Tensor]:
+    """Puts (s, y) into the ring of every wanted lane with positive curvature; returns Sg and Yg as well.
+
+    Writes into the state's own buffers, so the state that was passed in is used up. `calls` bounds
+    the pairs of every lane without a look at the device.
+    """
+    sy, yy = (s * y).sum(-1), (y * y).sum(-1)
+    keep = wanted & (sy > 1e-10)
+    lane, slot = torch.arange(len(s), device=s.device), state.count % history
+    used = max(1, min(int(state.calls), history))
+    mine = keep[:, None]
+    state.s[lane, slot] = torch.where(mine, s, state.s[lane, slot])
+    state.y[lane, slot] = torch.where(mine, y, state.y[lane, slot])
+    # One pass over the pairs serves the new Gram rows and the coming direction: few rows times many.
+    by_s = torch.bmm(torch.stack([y, g], 1), state.s[:, :used].mT).double()
+    by_y = torch.bmm(torch.stack([s, y, g], 1), state.y[:, :used].mT).double()
+    state.sy[lane, slot, :used] = torch.where(mine, by_y[:, 0], state.sy[lane, slot, :used])
+    state.sy[lane, :used, slot] = torch.where(mine, by_s[:, 0], state.sy[lane, :used, slot])
+    state.yy[lane, slot, :used] = torch.where(mine, by_y[:, 1], state.yy[lane, slot, :used])
+    state.yy[lane, :used, slot] = state.yy[lane, slot, :used]
+    gamma = torch.where(keep, sy / yy.clamp(min=1e-30), state.gamma)
+    return state._replace(count=state.count + keep, gamma=gamma), by_s[:, 1], by_y[:, 2]
+
+
+def _direction(state: LbfgsState, g: Tensor, sg: Tensor, yg: Tensor) -> Tensor:
+    """−Hg by the compact form; lanes without pairs get −γg."""
+    used = sg.shape[1]
+    ring = torch.arange(used, device=g.device)
+    full = state.count[:, None] > used
+    order = torch.where(full, (state.count[:, None] + ring) % used, ring.expand(len(g), used))  # oldest first
+    valid = ring < state.count[:, None]
+    lane = torch.arange(len(g), device=g.device)[:, None, None]
+    pick = (lane, order[:, :, None], order[:, None, :])
+    pair = valid[:, :, None] & valid[:, None, :]
+    sy = torch.where(pair, state.sy[pick], 0)
+    r = torch.triu(sy) + torch.where(valid[:, :, None], 0, torch.eye(used, dtype=torch.float64, device=g.device))
+    gamma = state.gamma.double()[:, None]
+    sg, yg = sg.gather(1, order) * valid, yg.gather(1, order) * valid
+    u = torch.linalg.solve_triangular(r, sg[:, :, None], upper=True)[:, :, 0]
+    inner = torch.diagonal(sy, dim1=1, dim2=2) * u - gamma * yg
+    inner = inner + gamma * torch.bmm(torch.where(pair, state.yy[pick], 0), u[:, :, None])[:, :, 0]
+    top = torch.linalg.solve_triangular(r.mT, inner[:, :, None], upper=False)[:, :, 0]
+    back = torch.zeros_like(order).scatter(1, order, ring.expand_as(order))
+    a = (top * valid).gather(1, back).to(g.dtype)
+    b = (-gamma * u * valid).gather(1, back).to(g.dtype)
+    combined = torch.bmm(a[:, None], state.s[:, :used]) + torch.bmm(b[:, None], state.y[:, :used])
+    return -(state.gamma[:, None] * g + combined[:, 0])

@@ -1,0 +1,307 @@
+"""Gradient matching: images whose update looks like the message. The iterative attacks of the package.
+
+One state machine serves them all: an objective of the update, a way to the labels, an image prior
+whose weight fades in stages, and a batched optimizer. A lane leaves a stage when its steps are used
+up, and is finished when fading the prior has stopped improving the evidence, a rule that needs no
+look at the truth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+from torch.func import vmap
+
+from qleak import random, tree
+from qleak.attacks import labels, objectives, priors, routes
+from qleak.attacks.adam import adam, sign_adam
+from qleak.attacks.lbfgs import lbfgs
+from qleak.catalog import factory
+from qleak.check import Expected, at_least, between, whole
+from qleak.client import View, one_hot
+from qleak.types import Attack, Guess, Info, Optimizer, Status, Tree
+
+
+class MatchState(NamedTuple):
+    """`lane` first everywhere.
+
+    `x` is the flat vector under optimisation (images, then label logits); `goal` is what the
+    objective worked out from the message, and `size` what the evidence is divided by.
+    """
+
+    x: Tensor
+    optimizer: Any
+    goal: Any
+    size: Tensor
+    labels: Tensor
+    stage: Tensor
+    since: Tensor
+    evidence: Tensor
+    best_x: Tensor
+    best_loss: Tensor
+    best_evidence: Tensor
+    mark_loss: Tensor
+    mark_since: Tensor
+    status: Tensor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What distinguishes one matching attack from another.
+
+    Attributes:
+        objective: see `qleak.attacks.objectives`.
+        joint: optimise soft labels with the image, instead of inferring them first.
+        weights: prior weight of each stage; one stage of weight 0 means no prior.
+        steps: closures of each stage.
+        relative: divide the evidence by ‖decoded‖², so that weights mean the same on every net.
+        box: weight of the penalty on pixels outside [0, 1], times the prior weight or 1.
+        patience: closures without 1 % improvement after which a lane counts as converged; 0 never.
+        gain: a stage that lowers the evidence by less than this share is the last one.
+    """
+
+    objective: str
+    optimizer: Optimizer
+    joint: bool = False
+    weights: tuple[float, ...] = (0.0,)
+    steps: tuple[int, ...] = (6000,)
+    relative: bool = False
+    box: float = 0.0
+    start: str = "normal"
+    patience: int = 0
+    gain: float = 0.0
+    route: str = "auto"
+
+
+@factory
+def dlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0) -> Attack:
+    """Deep leakage from gradients: image and soft label together, Σ‖g′ − g‖², L-BFGS without line search.
+
+    Zhu, Liu, Han (NeurIPS 2019), Algorithm 1, with their code's setting: standard normal start,
+    300 × 20 closures, history 100, no restarts, no bounds. The iterate of lowest own loss is
+    returned, where their code returns the last one.
+
+    Args:
+        outer: outer iterations.
+        inner: closures of one outer iteration.
+        lr: step length.
+        history: pairs of L-BFGS.
+        patience: freeze a lane after so many closures without 1 % improvement; 0 never does.
+    """
+    whole(outer=outer, inner=inner, patience=patience)
+    at_least(1, outer=outer, inner=inner)
+    settings = Settings("l2", lbfgs(history, False, lr), True, steps=(outer * inner,), patience=patience)
+    return _attack(settings, ("Zhu, Liu, Han. Deep Leakage from Gradients. NeurIPS 2019.",))
+
+
+@factory
+def idlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0) -> Attack:
+    """Improved DLG: the label by the sign of the last layer's gradient first, then `dlg` with it fixed.
+
+    Zhao, Mopuri, Bilen (2020), with their code's setting (that of `dlg`).
+
+    Args:
+        outer: outer iterations.
+        inner: closures of one outer iteration.
+        lr: step length.
+        history: pairs of L-BFGS.
+        patience: freeze a lane after so many closures without 1 % improvement; 0 never does.
+    """
+    whole(outer=outer, inner=inner, patience=patience)
+    at_least(1, outer=outer, inner=inner)
+    settings = Settings("l2", lbfgs(history, False, lr), steps=(outer * inner,), patience=patience)
+    return _attack(settings, ("Zhao, Mopuri, Bilen. iDLG: Improved Deep Leakage from Gradients. 2020.",))
+
+
+@factory
+def cells(
+    weight: float = 1e-2,
+    fade: float = 0.1,
+    stages: int = 4,
+    steps: int = 200,
+    last: int = 400,
+    gain: float = 0.02,
+    objective: str = "cells",
+    optimizer: str = "lbfgs",
+    lr: float = 1.0,
+    route: str = "auto",
+) -> Attack:
+    """The attacker who knows the channel: any gradient inside the message's cell fits equally well.
+
+    The evidence is the channel's own misfit (zero in the cell, squared distance outside, a likelihood
+    behind noise) over ‖decoded‖². Labels come from the bias gradient. Total variation is faded by
+    `fade` from stage to stage, until a stage no longer improves the evidence by `gain`: the
+    smoothest image whose gradient lies in every cell. On an exact channel the cell is a point and the
+    last stage has no prior.
+
+    Args:
+        weight: prior weight of the first stage.
+        fade: factor from one stage to the next.
+        stages: number of stages with a prior.
+        steps: closures of each of them.
+        last: closures of the final stage, on an exact channel without a prior.
+        gain: a stage that lowers the evidence by less than this share is the last.
+        objective: "cells", or "l2" for the same attack blind to the channel.
+        optimizer: "lbfgs", "adam" or "sign_adam".
+        lr: step length of the optimizer.
+        route: derivative route, see `qleak.attacks.routes`.
+    """
+    whole(stages=stages, steps=steps, last=last)
+    at_least(1, stages=stages, steps=steps)
+    between(1e-6, 1, fade=fade)
+    makers = {"lbfgs": lambda: lbfgs(100, True, lr), "adam": lambda: adam(lr), "sign_adam": lambda: sign_adam(lr)}
+    if optimizer not in makers:
+        raise Expected(f"Expected optimizer={optimizer!r} to be one of: {', '.join(sorted(makers))}.")
+    weights = tuple(weight * fade**i for i in range(stages))
+    settings = Settings(
+        objective, makers[optimizer](), weights=(*weights, 0.0), steps=(steps,) * stages + (last,), relative=True,
+        box=1.0, start="uniform", gain=gain, route=route,
+    )  # fmt: skip
+    papers = (
+        "Geiping, Bauermeister, Dröge, Moeller. Inverting Gradients. NeurIPS 2020 (total variation).",
+        "Dimitrov et al. Bayesian Framework for Gradient Leakage. ICLR 2022 (likelihood of a defence).",
+    )
+    return _attack(settings, papers)
+
+
+def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
+    has_prior = any(settings.weights)
+
+    def applies(view: View) -> str:
+        if settings.joint or _infer(view) is not None:
+            return ""
+        return "needs a last linear layer with a gradient to infer the label from, or labels that are given."
+
+    def draw(gen: Generator, view: View) -> Tree:
+        law = random.normal if settings.start == "normal" else random.uniform
+        start = {"x": law(gen, (view.client.batch, *view.model.shape))}
+        if settings.joint:
+            start["logits"] = random.normal(gen, (view.client.batch, view.model.classes))
+        return start
+
+    def init(view: View, start: Tree) -> MatchState:
+        x = torch.cat([start[k].flatten(1) for k in start], 1)
+        inferred = None if settings.joint else _infer(view)
+        lane = x.new_zeros(len(x))
+        count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        known = inferred if inferred is not None else count[:, None].expand(-1, view.client.batch).clone()
+        inf = lane + torch.inf
+        status = count if view.evidence or has_prior else count + Status.FINISHED
+        goal = objectives.goal(view, settings.objective)
+        decoded = view.decoded()
+        size = vmap(tree.dot)(decoded, decoded).clamp(min=1e-30) if settings.relative else lane + 1
+        return MatchState(
+            x, settings.optimizer.init(x), goal, size, known, count, count.clone(), inf, x, inf, inf, inf, count.clone(), status
+        )
+
+    def split(view: View, state: MatchState) -> tuple[Tensor, Tensor]:
+        pixels = view.client.batch * torch.Size(view.model.shape).numel()
+        images = state.x[:, :pixels].unflatten(1, (view.client.batch, *view.model.shape))
+        if settings.joint:
+            return images, torch.softmax(state.x[:, pixels:].unflatten(1, (view.client.batch, -1)), -1)
+        return images, one_hot(state.labels, view.model.classes, images.dtype)
+
+    def step(view: View, state: MatchState) -> tuple[MatchState, Info]:
+        images, target = split(view, state)
+        weights = torch.tensor(_weights(settings, view), dtype=images.dtype, device=images.device)
+        weight = weights[state.stage]
+        evidence, dx, dlogits = _evidence(view, settings, state, images, target)
+        gradient = [dx.flatten(1)]
+        loss = evidence
+        if has_prior:
+            value, slope = _prior(images, weight, settings.box)
+            loss = loss + value
+            gradient = [gradient[0] + slope.flatten(1)]
+        if settings.joint:  # from probabilities to logits: the softmax's own derivative
+            inner = dlogits - (dlogits * target).sum(-1, keepdim=True)
+            gradient.append((target * inner).flatten(1))
+        flat = torch.cat(gradient, 1)
+        broken = ~(loss.isfinite() & flat.isfinite().all(-1))
+        loss = torch.where(broken, torch.inf, loss)
+        better = loss < state.best_loss
+        state = state._replace(
+            best_x=torch.where(better[:, None], state.x, state.best_x),
+            best_loss=torch.where(better, loss, state.best_loss),
+            best_evidence=torch.where(better, evidence, state.best_evidence),
+        )
+        x, inner_state = settings.optimizer.update(state.optimizer, state.x, loss, flat)
+        state = state._replace(x=x, optimizer=inner_state, since=state.since + 1, mark_since=state.mark_since + 1)
+        # A line search recovers from a broken trial by itself; an accepted one is lost.
+        lost = broken & ~x.isfinite().all(-1)
+        state = state._replace(status=torch.where(lost, Status.DIVERGED, state.status))
+        state = _advance(settings, view, state)
+        return state, Info(state.best_loss, state.status)
+
+    def read(view: View, state: MatchState) -> Guess:
+        best = state._replace(x=torch.where(state.best_loss.isfinite()[:, None], state.best_x, state.x))
+        images, target = split(view, best)
+        guessed = target.argmax(-1) if settings.joint else state.labels
+        return Guess(images, guessed, torch.where(state.best_loss.isfinite(), state.best_loss, torch.inf))
+
+    return Attack(draw, init, step, read, sum(settings.steps), applies, tuple(papers), has_prior)
+
+
+def _infer(view: View) -> Tensor | None:
+    if view.labels is not None:
+        return view.labels
+    decoded = view.decoded()
+    found = labels.bias_sign(decoded, view.model.classes)
+    return found if found is not None else labels.idlg(decoded, view.model.classes)
+
+
+def _weights(settings: Settings, view: View) -> list[float]:
+    """The prior only vanishes where the message pins the gradient to a point."""
+    if settings.weights[-1] or len(settings.weights) == 1:
+        return list(settings.weights)
+    exact = not any(s.kind in ("code", "select") or s.noise for s in view.channel.stages)
+    return [*settings.weights[:-1], 0.0 if exact else settings.weights[-2] * settings.weights[-2] / settings.weights[-3]]
+
+
+def _evidence(
+    view: View, settings: Settings, state: MatchState, images: Tensor, target: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not view.evidence:
+        return images.new_zeros(len(images)), torch.zeros_like(images), torch.zeros_like(target)
+    closure = routes.closure(view, objectives.objective(view, settings.objective), settings.route)
+    value, dx, dt = closure(images, target, state.goal)
+    wide = state.size.view(-1, 1, 1)
+    return value / state.size, dx / wide[..., None, None], dt / wide
+
+
+def _prior(images: Tensor, weight: Tensor, box: float) -> tuple[Tensor, Tensor]:
+    x = images.detach().requires_grad_()
+    value = weight * vmap(priors.total_variation)(x) + box * vmap(priors.box)(x)
+    (slope,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), slope
+
+
+def _advance(settings: Settings, view: View, state: MatchState) -> MatchState:
+    """Ends stages that are over, and lanes that are done."""
+    if settings.patience:
+        improved = state.best_loss < 0.99 * state.mark_loss
+        state = state._replace(
+            mark_loss=torch.where(improved, state.best_loss, state.mark_loss),
+            mark_since=torch.where(improved, 0, state.mark_since),
+        )
+        stuck = (state.status == Status.ACTIVE) & (state.mark_since >= settings.patience)
+        state = state._replace(status=torch.where(stuck, Status.CONVERGED, state.status))
+    budget = torch.tensor(settings.steps, device=state.x.device)
+    over = (state.since >= budget[state.stage]) & (state.status == Status.ACTIVE)
+    final = state.stage == len(settings.steps) - 1
+    level = state.best_evidence > (1 - settings.gain) * state.evidence
+    done = over & (final | (level & bool(settings.gain)))
+    following = over & ~done
+    lane = following[:, None]
+    return state._replace(
+        status=torch.where(done, Status.FINISHED, state.status),
+        stage=state.stage + following,
+        since=torch.where(following, 0, state.since),
+        evidence=torch.where(following, state.best_evidence, state.evidence),
+        x=torch.where(lane, state.best_x, state.x),
+        best_loss=torch.where(following, torch.inf, state.best_loss),
+        optimizer=settings.optimizer.restart(state.optimizer, following),
+    )

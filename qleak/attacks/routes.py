@@ -1,0 +1,98 @@
+"""Three derivative routes behind one name: loss, and gradient in the guess, for every lane.
+
+The quantity is L(x, t) = M(∇_θ ℓ(θ; x, t)) for an objective M of the update.
+
+- "double": reverse over reverse, `grad` of a function that calls `grad`, under `vmap`.
+- "forward": with v = ∇M at the update, ∇_(x,t) L = d/dε ∇_(x,t) ℓ(θ + εv; x, t): one `jvp` of the input
+  gradient (forward over reverse), under `vmap`.
+- "structured": the update by explicit formulas for all lanes together, then one reverse pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, jvp, vmap
+
+from qleak import client
+from qleak.attacks import structured
+from qleak.check import one_of
+from qleak.attacks.objectives import Objective, value_and_slope
+from qleak.client import View
+from qleak.types import Tree
+
+Closure = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor]]
+ROUTES = ("auto", "structured", "double", "forward")
+
+# Under `vmap` forward over reverse wins from about this many lanes on, measured on two CPU cores.
+FORWARD_FROM = 128
+
+
+def choose(view: View, route: str = "auto") -> tuple[str, str]:
+    """The route to take and the reason, for the terminal."""
+    one_of(ROUTES, route=route)
+    if route != "auto":
+        return route, "as asked"
+    if view.client.rows == 0 and not view.buffers and structured.supports(view.model.layers):
+        return "structured", "the model declares its layers"
+    if view.lanes >= FORWARD_FROM:
+        return "forward", f"{view.lanes} lanes >= {FORWARD_FROM}"
+    return "double", f"{view.lanes} lanes < {FORWARD_FROM}"
+
+
+def closure(view: View, objective: Objective, route: str = "auto") -> Closure:
+    """`(x [lane b c h w], t [lane b class], goal [lane …]) -> (L [lane], ∂L/∂x, ∂L/∂t)`, lanes independent."""
+    name, _ = choose(view, route)
+    if name == "structured":
+        return _structured(view, objective)
+    one = _double(view, objective) if name == "double" else _forward(view, objective)
+
+    return vmap(one, randomness="error")
+
+
+def update_of(view: View, x: Tensor, target: Tensor) -> Tree:
+    """What the client would compute from images `[b c h w]` with label probabilities `[b class]`."""
+    def inner(x: Tensor, target: Tensor) -> Tree:
+        return grad(lambda p: client.loss(view.model, p, view.buffers, x, target))(view.params)
+
+    return inner(x, target) if view.client.rows == 0 else vmap(inner)(x[:, None], target[:, None])
+
+
+def _double(view: View, objective: Objective) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def one(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
+        both = grad_and_value(lambda x, t: objective.misfit(update_of(view, x, t), goal), argnums=(0, 1))
+        (dx, dt), value = both(x, target)
+        return value, dx, dt
+
+    return one
+
+
+def _forward(view: View, objective: Objective) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    def one(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
+        update = update_of(view, x, target)
+        v, value = grad_and_value(lambda u: objective.misfit(u, goal))(update)
+
+        def inputs(params: Tree) -> tuple[Tensor, Tensor]:
+            return grad(lambda x, t: client.loss(view.model, params, view.buffers, x, t), argnums=(0, 1))(x, target)
+
+        _, (dx, dt) = jvp(inputs, (view.params,), (v,))
+        return value, dx, dt
+
+    return one
+
+
+def _structured(view: View, objective: Objective) -> Closure:
+    layers = view.model.layers
+    assert layers is not None
+
+    def every(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, target = x.detach().requires_grad_(), target.detach().requires_grad_()
+        update = structured.lane_gradients(layers, view.params, x, target)
+        value, slope = value_and_slope(objective, {k: v.detach() for k, v in update.items()}, goal)
+        dx, dt = torch.autograd.grad(list(update.values()), [x, target], [slope[k] for k in update])
+        return value, dx, dt
+
+    return every

@@ -1,0 +1,141 @@
+"""The package namespace is the registry: factories are found by module, built from text, and named again.
+
+A *factory* is a function that returns a frozen dataclass with a `spec` field, the call that makes
+it again. `build("channels", "uniform(levels=16)")` evaluates literals and nested factory calls
+only; nothing else in the text is ever executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from qleak.check import Expected, did_you_mean
+
+F = TypeVar("F", bound=Callable[..., Any])
+ROOMS = {
+    "models": "qleak.models",
+    "channels": "qleak.channels",
+    "attacks": "qleak.attacks",
+    "clients": "qleak.client",
+}
+
+
+def factory(fn: F) -> F:
+    """Marks `fn` as a named factory and writes the call that was made into the result's `spec`."""
+    signature = inspect.signature(fn)
+
+    @functools.wraps(fn)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        return replace(fn(*args, **kwargs), spec=f"{fn.__name__}({_arguments(signature, bound.arguments)})")
+
+    make.__factory__ = True  # type: ignore[attr-defined]
+    return make  # type: ignore[return-value]
+
+
+def _arguments(signature: inspect.Signature, values: dict[str, Any]) -> str:
+    parts = []
+    for name, value in values.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_POSITIONAL:
+            parts += [_text(item) for item in value]
+        else:
+            parts.append(f"{name}={_text(value)}")
+    return ", ".join(parts)
+
+
+def _text(value: Any) -> str:
+    return getattr(value, "spec", None) or getattr(value, "name", None) or repr(value)
+
+
+def short(spec: str) -> str:
+    """`spec` without the arguments that stand at their factory's default; for tables and titles."""
+    tree = ast.parse(spec, mode="eval").body
+    return _short(tree)
+
+
+def _short(node: ast.expr) -> str:
+    if not isinstance(node, ast.Call):
+        return ast.unparse(node)
+    name = ast.unparse(node.func)
+    defaults: dict[str, str] = {}
+    for room in ROOMS:
+        if name in catalog(room):
+            parameters = inspect.signature(catalog(room)[name]).parameters.values()
+            defaults = {p.name: repr(p.default) for p in parameters if p.default is not p.empty}
+    given = [_short(a) for a in node.args]
+    given += [f"{k.arg}={_short(k.value)}" for k in node.keywords if defaults.get(str(k.arg)) != ast.unparse(k.value)]
+    return f"{name}({', '.join(given)})" if given else name
+
+
+@functools.cache
+def catalog(room: str) -> dict[str, Callable[..., Any]]:
+    """Every factory of `room` ("models", "channels", "attacks", "clients") by name, sorted."""
+    package = importlib.import_module(ROOMS[room])
+    modules = [package]
+    if hasattr(package, "__path__"):
+        modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+    found: dict[str, Callable[..., Any]] = {}
+    for module in modules:
+        for name, value in vars(module).items():
+            if getattr(value, "__factory__", False) and value.__module__ == module.__name__:
+                if name in found:
+                    raise Expected(f"Expected one factory named {name!r} in {room}, got two.")
+                found[name] = value
+    return dict(sorted(found.items()))
+
+
+def build(room: str, text: str) -> Any:
+    """The object that `text` names: ``lenet``, ``lenet-mnist``, ``uniform(levels=16)``, ``uniform:16``.
+
+    Raises:
+        Expected: the name is unknown (with a suggestion), or the arguments do not fit.
+    """
+    try:
+        node = ast.parse(_normalise(text), mode="eval").body
+    except SyntaxError:
+        raise Expected(f"Expected {room[:-1]} {text!r} to be written like name(key=value, …).") from None
+    return _build(room, node, text)
+
+
+def _normalise(text: str) -> str:
+    name, paren, rest = text.strip().partition("(")
+    if not paren and ":" in name:  # uniform:16 is short for uniform(16)
+        name, _, rest = name.partition(":")
+        paren, rest = "(", rest + ")"
+    return name.replace("-", "_") + paren + rest
+
+
+def _build(room: str, node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Name | ast.Attribute):
+        node = ast.Call(func=node, args=[], keywords=[])
+    if not isinstance(node, ast.Call):
+        raise Expected(f"Expected {room[:-1]} {text!r} to be written like name(key=value, …).")
+    name = ast.unparse(node.func).split(".")[-1]
+    known = catalog(room)
+    if name not in known:
+        raise Expected(f"Unknown {room[:-1]} {name!r}.{did_you_mean(name, known)} `qleak ls {room}` lists them.")
+    args = [_value(room, a, text) for a in node.args]
+    kwargs = {str(k.arg): _value(room, k.value, text) for k in node.keywords}
+    try:
+        inspect.signature(known[name]).bind(*args, **kwargs)
+    except TypeError as error:
+        options = ", ".join(inspect.signature(known[name]).parameters)
+        raise Expected(f"Expected {name}({options}): {error}.") from None
+    return known[name](*args, **kwargs)
+
+
+def _value(room: str, node: ast.expr, text: str) -> Any:
+    if isinstance(node, ast.Call):
+        return _build(room, node, text)
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        raise Expected(f"Expected plain values in {text!r}, got {ast.unparse(node)!r}.") from None

@@ -1,0 +1,315 @@
+"""A chain of stages as one value: what a client sends, what a server decodes, what an attacker reads.
+
+`channel = leg (join leg)*`, `leg = value* select? code?`. A stage out of that order closes the leg:
+the message is decoded to dense numbers, its side information is dropped, and the next leg begins.
+In front of a join every leg is mapped over the leading `row` axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+from torch.func import vmap
+
+from qleak import random, tree
+from qleak.channels import reading
+from qleak.check import Expected
+from qleak.types import Belief, Facts, Message, Stage, Tree
+
+Knobs = tuple[tuple[dict[str, Tensor], ...], ...]
+Noise = tuple[tuple[Tree, ...], ...]
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Stages between two joins (or decodings): `join?` then `value* select? code?`."""
+
+    join: Stage | None
+    stages: tuple[Stage, ...]
+
+    @property
+    def every(self) -> tuple[Stage, ...]:
+        """The join, if any, and the stages."""
+        return ((self.join,) if self.join else ()) + self.stages
+
+
+@dataclass(frozen=True)
+class Channel:
+    """What `chain(stage, …)` returns; see docs/design.md. `like` is always the tree of one row."""
+
+    legs: tuple[Leg, ...]
+    spec: str = ""
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages in order."""
+        return tuple(s for leg in self.legs for s in leg.every)
+
+    @property
+    def joins(self) -> int:
+        """Number of row axes the input carries."""
+        return sum(leg.join is not None for leg in self.legs)
+
+    def depth(self, leg: int) -> int:
+        """Row axes that the message of `leg` still carries."""
+        return sum(later.join is not None for later in self.legs[leg % len(self.legs) + 1 :])
+
+    def upto(self, leg: int) -> Channel:
+        """The channel that ends with `leg`: what an observer of that leg sees."""
+        return replace(self, legs=self.legs[: leg % len(self.legs) + 1])
+
+    # --- facts ---
+
+    def facts(self, like: Tree | None = None) -> Facts:
+        """What is known of the release, folded along the chain. `like=None`: order only, no numbers."""
+        facts = Facts()
+        for i, leg in enumerate(self.legs):
+            facts = _fold(facts, leg.every, like)
+            if i + 1 < len(self.legs):
+                facts = _closed(facts, leg)
+        return facts
+
+    def law(self, leg: int, like: Tree | None = None) -> Facts:
+        """The facts in front of the last code of `leg`: what the attacker has to read through."""
+        before = self.upto(leg)
+        last = before.legs[-1]
+        if last.stages and last.stages[-1].kind == "code":
+            before = replace(before, legs=(*before.legs[:-1], Leg(last.join, last.stages[:-1])))
+        return before.facts(like)
+
+    # --- sending ---
+
+    def knobs(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Knobs:
+        """Every stage's numbers as 0-dim tensors, leg by leg: the part that may become lanes."""
+        return tuple(
+            tuple({k: torch.tensor(v, dtype=dtype, device=device) for k, v in s.knobs.items()} for s in leg.stages)
+            for leg in self.legs
+        )
+
+    def init(self, like: Tree, gen: Generator | None = None) -> tuple[Any, ...]:
+        """The state of every stage; () for stateless ones."""
+        return tuple(tuple(s.init(like, gen) for s in leg.stages) for leg in self.legs)
+
+    def draw(self, gen: Generator, like: Tree, rows: Sequence[int] = ()) -> Noise:
+        """All noise of one lane: one call per stage, tensor and row, in that order."""
+        noise = []
+        for i, leg in enumerate(self.legs):
+            shape, lead = like, tuple(rows[self.joins - self.depth(i) :])
+            drawn = []
+            for stage in leg.stages:
+                drawn.append({k: _rows(gen, stage.noise, lead, v) for k, v in shape.items()} if stage.noise else {})
+                shape = stage.shape(shape)
+            noise.append(tuple(drawn))
+        return tuple(noise)
+
+    def send(self, knobs: Knobs, rows: Tree, noise: Noise, state: Any, like: Tree) -> tuple[tuple[Message, ...], Any]:
+        """One message per leg. `rows` carries `joins` leading axes; never draws.
+
+        Raises:
+            Expected: noise or rows do not have the shapes that `draw` and `like` say.
+        """
+        x, messages, states = rows, [], []
+        for k, v in rows.items():
+            if tuple(v.shape[self.joins :]) != tuple(like[k].shape):
+                raise Expected(f"Expected rows[{k!r}] of {self.joins} row axes + {tuple(like[k].shape)}, got {tuple(v.shape)}.")
+        for i, leg in enumerate(self.legs):
+            if leg.join:
+                x = leg.join.send({}, x, {}, ())[0]
+            one_row = functools.partial(_send_leg, leg.stages, like)
+            lead = next(iter(x.values())).shape[: self.depth(i)]
+            if 0 in lead:  # an empty batch: nothing is sent, and the join behind it sums to zero
+                messages.append(Message({}, ()))
+                states.append(state[i])
+                continue
+            mapped = _mapped(one_row, self.depth(i), (None, 0, 0, 0))
+            message, after, x = mapped(knobs[i], x, noise[i], state[i])
+            messages.append(message)
+            states.append(after)
+        return tuple(messages), tuple(states)
+
+    def receive(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> Tree:
+        """The server's dense numbers from one leg's message (row axes kept)."""
+        i = leg % len(self.legs)
+        decode = functools.partial(_receive_leg, self.legs[i].stages, like)
+        return _mapped(decode, self.depth(i), (None, 0))(knobs[i], message)
+
+    def bits(self, message: Message, like: Tree, leg: int = -1) -> float:
+        """Bits of one leg's message as sent: every code and all side information."""
+        i = leg % len(self.legs)
+        if not message.code:
+            return 0.0
+        rows = 1
+        for n in next(iter(message.code.values())).shape[: self.depth(i)]:
+            rows *= n
+        total, shape = 0.0, like
+        for j, stage in enumerate(self.legs[i].stages):
+            last = j + 1 == len(self.legs[i].stages)
+            if stage.cost:
+                total += stage.cost(stage.knobs, shape, stage.shape(shape))
+            shape = stage.shape(shape)
+            if last and stage.kind != "code":
+                total += 32.0 * tree.count(shape)
+        if not self.legs[i].stages:
+            total = 32.0 * tree.count(like)
+        return rows * total
+
+    # --- reading ---
+
+    def has_cell(self, leg: int = -1) -> bool:
+        """Whether `misfit` of this leg is the distance to `cell`: select and deterministic code stages alone."""
+        i = leg % len(self.legs)
+        alone = i == 0 and bool(self.legs[0].stages)
+        return alone and all(s.kind != "value" and s.noise is None for s in self.legs[i].stages)
+
+    def cell(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> tuple[Tree, Tree]:
+        """Bounds on the value in front of the leg's own select and code stages, given the message.
+
+        Raises:
+            Expected: the leg sends plain numbers, or holds value stages, which have no cell.
+        """
+        i = leg % len(self.legs)
+        stages = [s for s in self.legs[i].stages if s.kind != "value"]
+        if len(stages) != len(self.legs[i].stages) or not stages:
+            raise Expected(f"Expected a leg of select and code stages only, got {[s.name for s in self.legs[i].stages]}.")
+        return _mapped(lambda k, m: _cell_leg(self.legs[i].stages, like, k, m), self.depth(i), (None, 0))(knobs[i], message)
+
+    def misfit(self, knobs: Knobs, message: Message, guess: Tree, like: Tree, leg: int = -1) -> Tensor:
+        """Negative log-likelihood of one leg's message given the client's rows `guess`: a 0-dim tensor.
+
+        The guess is pushed through every stage in front of the leg's last code, and that code is read:
+        an interval, a half-line, a Bernoulli or a density. Zero (or the least value) at the truth
+        where `facts(like).exact` and the channel draws nothing.
+        """
+        i = leg % len(self.legs)
+        belief = Belief(guess, {})
+        for j, before in enumerate(self.legs[: i + 1]):
+            if before.join:
+                belief = before.join.push({}, belief, None)
+            if j < i:
+                push = functools.partial(_push_leg, before.stages, like)
+                belief = _mapped(push, self.depth(j), (None, 0))(knobs[j], belief)
+        law = self.law(leg, like).law
+        read = functools.partial(_read_leg, self.legs[i].stages, like, law)
+        return _mapped(read, self.depth(i), (None, 0, 0))(knobs[i], message, belief).sum()
+
+
+def stack(channels: Sequence[Channel]) -> Knobs:
+    """The knobs of channels that differ in numbers only, stacked along a new first axis: levels as lanes.
+
+    Raises:
+        Expected: the channels differ in their stages.
+    """
+    names = [[s.name for s in c.stages] for c in channels]
+    if any(n != names[0] for n in names):
+        raise Expected(f"Expected channels of the same stages, got {[c.spec for c in channels]}.")
+    every = [c.knobs() for c in channels]
+    return tuple(
+        tuple({k: torch.stack([e[i][j][k] for e in every]) for k in stage} for j, stage in enumerate(leg))
+        for i, leg in enumerate(every[0])
+    )
+
+
+def _mapped(fn: Callable[..., Any], times: int, in_dims: tuple[int | None, ...]) -> Callable[..., Any]:
+    for _ in range(times):
+        fn = vmap(fn, in_dims=in_dims, randomness="error")
+    return fn
+
+
+def _rows(gen: Generator, law: str, lead: tuple[int, ...], like: Tensor) -> Tensor:
+    if not lead:
+        return random.DRAWS[law](gen, like.shape)
+    if lead[0] == 0:
+        return torch.zeros(*lead, *like.shape)
+    return torch.stack([_rows(gen, law, lead[1:], like) for _ in range(lead[0])])
+
+
+def _fold(facts: Facts, stages: Sequence[Stage], like: Tree | None) -> Facts:
+    for stage in stages:
+        facts = stage.fold(facts, replace(facts, bound=None, sensitivity=None), like)
+        like = stage.shape(like) if like is not None else None
+    return facts
+
+
+def _closed(facts: Facts, leg: Leg) -> Facts:
+    """A later leg sees numbers again (32 bits), and reads an earlier leg's selection or code by moments only."""
+    coded = any(s.kind in ("select", "code") for s in leg.stages)
+    return replace(facts, width=32.0, exact=facts.exact and not coded, law="mixed" if coded else facts.law)
+
+
+def _send_leg(stages: Sequence[Stage], like: Tree, knobs: Any, x: Tree, noise: Any, state: Any) -> tuple[Message, Any, Tree]:
+    likes, sides, states = [], [], []
+    shape = like
+    for stage, knob, eps, memory in zip(stages, knobs, noise, state, strict=True):
+        if stage.noise and any(eps[k].shape != x[k].shape for k in x):
+            raise Expected(f"Expected noise of the shapes of {stage.name}'s input, got {[tuple(e.shape) for e in eps.values()]}.")
+        likes.append(shape)
+        x, side, memory = stage.send(knob, x, eps, memory)
+        sides.append(side)
+        states.append(memory)
+        shape = stage.shape(shape)
+    message = Message(x, tuple(sides))
+    return message, tuple(states), _decode(stages, likes, knobs, message)
+
+
+def _likes(stages: Sequence[Stage], like: Tree) -> list[Tree]:
+    likes = [like]
+    for stage in stages:
+        likes.append(stage.shape(likes[-1]))
+    return likes
+
+
+def _receive_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> Tree:
+    return _decode(stages, _likes(stages, like), knobs, message)
+
+
+def _decode(stages: Sequence[Stage], likes: Sequence[Tree], knobs: Any, message: Message) -> Tree:
+    """Undoes select and code stages; what a value stage did (clip, scale, noise) stays done."""
+    x = message.code
+    for stage, like, knob, side in reversed(list(zip(stages, likes, knobs, message.side, strict=False))):
+        if stage.kind != "value":
+            x = stage.receive(knob, x, side, like)
+    return x
+
+
+def _push_leg(stages: Sequence[Stage], like: Tree, knobs: Any, belief: Belief) -> Belief:
+    """Through a leg the attacker does not see: every stage in dense coordinates, by its moments."""
+    for stage, knob in zip(stages, knobs, strict=True):
+        belief = stage.push(knob, belief, None)
+    return belief
+
+
+def _cell_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> tuple[Tree, Tree]:
+    likes = _likes(stages, like)
+    lo = hi = message.code
+    for stage, before, knob, side in reversed(list(zip(stages, likes, knobs, message.side, strict=False))):
+        assert stage.cell is not None, stage.name
+        lo, hi = stage.cell(knob, (lo, hi), side, before) if stage.kind == "select" else stage.cell(knob, lo, side, before)
+    return lo, hi
+
+
+def _read_leg(stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message: Message, belief: Belief) -> Tensor:
+    likes = _likes(stages, like)
+    code = stages[-1] if stages and stages[-1].kind == "code" else None
+    misfit, kept = [], (message.code, message.code)
+    if code:
+        assert code.read is not None and code.cell is not None, code.name
+        if any(s.kind == "select" for s in stages):
+            kept = code.cell(knobs[-1], message.code, message.side[-1], likes[-2])
+    for stage, knob, side in zip(stages, knobs, message.side, strict=True):
+        if stage is code:
+            break
+        if stage.kind == "select":
+            assert stage.dropped is not None, stage.name
+            misfit.append(stage.dropped(side, belief, kept, law))
+        belief = stage.push(knob, belief, side)
+    if code:
+        assert code.read is not None
+        misfit.append(code.read(knobs[-1], message.code, message.side[-1], belief, law))
+    else:
+        misfit.append({k: reading.density(m, message.code[k], belief.var.get(k), law) for k, m in belief.mean.items()})
+    return torch.stack([v.sum() for t in misfit for v in t.values()]).sum()

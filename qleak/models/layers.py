@@ -1,0 +1,128 @@
+"""The layers of a sequential net, declared once: forward map, parameter shapes, inverse activations.
+
+One declaration serves the forward pass, the closed-form attack and every later use that needs to
+know what a layer is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from qleak import random
+from qleak.check import Expected, one_of
+from qleak.types import Buffers, Layer, Model, Params
+
+Function = Callable[[Tensor], Tensor]
+
+ACTIVATIONS: dict[str, Function] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "softplus": F.softplus,
+    "leaky_relu": lambda z: torch.where(z > 0, z, 0.01 * z),
+    "relu": torch.relu,
+    "gelu": F.gelu,
+}
+
+# Inverses on the open range of the activation; ReLU and GELU have none.
+INVERSES: dict[str, Function] = {
+    "sigmoid": torch.logit,
+    "tanh": torch.atanh,
+    "softplus": lambda a: a + torch.log(-torch.expm1(-a)),
+    "leaky_relu": lambda a: torch.where(a > 0, a, a / 0.01),
+}
+
+
+def conv(name: str, cin: int, cout: int, kernel: int, stride: int = 1, padding: int = 0) -> Layer:
+    """Convolution: z = K ⋆ h + b, `[b cin h w] -> [b cout h' w']`."""
+    return Layer(name, "conv", {"in": cin, "out": cout, "kernel": kernel, "stride": stride, "padding": padding})
+
+
+def linear(name: str, cin: int, cout: int) -> Layer:
+    """Linear layer: z = W h + b, `[b cin] -> [b cout]`."""
+    return Layer(name, "linear", {"in": cin, "out": cout})
+
+
+def activation(function: str) -> Layer:
+    """Elementwise activation by name (see `ACTIVATIONS`)."""
+    one_of(ACTIVATIONS, activation=function)
+    return Layer("", "activation", {"function": function})
+
+
+def flatten() -> Layer:
+    """`[b c h w] -> [b c·h·w]`."""
+    return Layer("", "flatten")
+
+
+def apply_layer(layer: Layer, params: Params, h: Tensor) -> Tensor:
+    """The forward map of one layer on a batch."""
+    match layer.kind:
+        case "conv":
+            weight, bias = params[f"{layer.name}.weight"], params[f"{layer.name}.bias"]
+            return F.conv2d(h, weight, bias, stride=layer.options["stride"], padding=layer.options["padding"])
+        case "linear":
+            return F.linear(h, params[f"{layer.name}.weight"], params[f"{layer.name}.bias"])
+        case "activation":
+            return ACTIVATIONS[layer.options["function"]](h)
+        case "flatten":
+            return h.flatten(1)
+
+
+def shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
+    """Parameter shapes of one layer by full name."""
+    o = layer.options
+    if layer.kind == "conv":
+        weight = (o["out"], o["in"], o["kernel"], o["kernel"])
+    elif layer.kind == "linear":
+        weight = (o["out"], o["in"])
+    else:
+        return {}
+    return {f"{layer.name}.weight": weight, f"{layer.name}.bias": (o["out"],)}
+
+
+def default_init(gen: Generator, layer: Layer) -> Params:
+    """torch's default: weights and biases ~ U(−1/√fan_in, 1/√fan_in)."""
+    o = layer.options
+    bound = 1 / math.sqrt(o["in"] * o.get("kernel", 1) ** 2)
+    return {k: (2 * random.uniform(gen, s) - 1) * bound for k, s in shapes(layer).items()}
+
+
+def wide_init(gen: Generator, layer: Layer) -> Params:
+    """Weights and biases ~ U(−0.5, 0.5): Zhu et al. 2019, the setting in which the first attack was shown."""
+    return {k: random.uniform(gen, s) - 0.5 for k, s in shapes(layer).items()}
+
+
+def sequential(
+    layers: Sequence[Layer],
+    shape: tuple[int, int, int],
+    init: Callable[[Generator, Layer], Params] = default_init,
+) -> Model:
+    """A `Model` from its layers; `init(generator, layer)` draws the parameters of one layer.
+
+    Raises:
+        Expected: a layer does not fit the output of the one before.
+    """
+    layers = tuple(layers)
+
+    def initialise(gen: Generator) -> tuple[Params, Buffers]:
+        params: Params = {}
+        for layer in layers:
+            if shapes(layer):
+                params |= init(gen, layer)
+        return params, {}
+
+    def apply(params: Params, buffers: Buffers, x: Tensor) -> Tensor:
+        for layer in layers:
+            x = apply_layer(layer, params, x)
+        return x
+
+    meta = {k: torch.empty(s, device="meta") for layer in layers for k, s in shapes(layer).items()}
+    try:
+        classes = int(apply(meta, {}, torch.empty(1, *shape, device="meta")).shape[1])
+    except RuntimeError as error:
+        raise Expected(f"Expected layers that fit an input of shape {shape}: {error}") from None
+    return Model(initialise, apply, shape, classes, layers)

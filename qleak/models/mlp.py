@@ -1,0 +1,35 @@
+"""A multilayer perceptron."""
+
+from __future__ import annotations
+
+from qleak.catalog import factory
+from qleak.check import at_least, whole
+from qleak.models.layers import activation, flatten, linear, sequential
+from qleak.types import Layer, Model
+
+
+@factory
+def mlp(
+    channels: int = 1,
+    size: int = 28,
+    classes: int = 10,
+    hidden: tuple[int, ...] = (128, 64),
+    function: str = "sigmoid",
+) -> Model:
+    """Linear layers of the widths `hidden` with `function` between them; torch's default initialisation.
+
+    Args:
+        channels: image channels c.
+        size: image height and width.
+        classes: number of logits.
+        hidden: widths of the hidden layers.
+        function: activation, see `qleak.models.layers.ACTIVATIONS`.
+    """
+    whole(channels=channels, size=size, classes=classes)
+    at_least(1, channels=channels, size=size, classes=classes)
+    widths = [channels * size * size, *hidden]
+    layers: list[Layer] = [flatten()]
+    for i, (cin, cout) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+        at_least(1, hidden=cout)
+        layers += [linear(f"fc{i}", cin, cout), activation(function)]
+    return sequential([*layers, linear(f"fc{len(widths)}", widths[-1], classes)], (channels, size, size))

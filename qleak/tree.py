@@ -1,0 +1,85 @@
+"""Arithmetic on `dict[str, Tensor]`: a dict comprehension is the tree-map.
+
+Trees keep torch's parameter names and their order. `ravel` flattens one to a vector with einops'
+`pack`, and returns the inverse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import pack, unpack
+from torch import Tensor
+
+Tree = dict[str, Tensor]
+
+
+def zip_map(fn: Callable[..., Tensor], *trees: Tree) -> Tree:
+    """{k: fn(a[k], b[k], …)}: all trees share the keys of the first."""
+    first = trees[0]
+    return {k: fn(*(t[k] for t in trees)) for k in first}
+
+
+def add(a: Tree, b: Tree) -> Tree:
+    """A + b."""
+    return {k: v + b[k] for k, v in a.items()}
+
+
+def sub(a: Tree, b: Tree) -> Tree:
+    """A − b."""
+    return {k: v - b[k] for k, v in a.items()}
+
+
+def scale(a: Tree, factor: float | Tensor) -> Tree:
+    """factor · a."""
+    return {k: v * factor for k, v in a.items()}
+
+
+def dot(a: Tree, b: Tree) -> Tensor:
+    """Σ a·b over every entry: a 0-dim tensor."""
+    return total({k: v * b[k] for k, v in a.items()})
+
+
+def total(a: Tree) -> Tensor:
+    """The sum of all entries: a 0-dim tensor."""
+    return torch.stack([v.sum() for v in a.values()]).sum()
+
+
+def norm(a: Tree, p: float = 2) -> Tensor:
+    """The L_p norm of all entries together (p = 1 or 2): a 0-dim tensor."""
+    if p == 1:
+        return total({k: v.abs() for k, v in a.items()})
+    return dot(a, a).sqrt()
+
+
+def count(a: Tree) -> int:
+    """The number of entries."""
+    return sum(v.numel() for v in a.values())
+
+
+def at(a: Tree, index: int | slice | Tensor) -> Tree:
+    """Every tensor indexed along its first axis."""
+    return {k: v[index] for k, v in a.items()}
+
+
+def stack(trees: Sequence[Tree]) -> Tree:
+    """Trees of equal shapes stacked along a new first axis."""
+    return {k: torch.stack([t[k] for t in trees]) for k in trees[0]}
+
+
+def to(a: Tree, *args: torch.device | torch.dtype | str) -> Tree:
+    """Every tensor moved or cast as `Tensor.to` does."""
+    return {k: v.to(*args) for k, v in a.items()}
+
+
+def ravel(a: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
+    """A vector `[d]` of all entries in key order, and the function that takes `[… d]` back to a tree."""
+    vector, shapes = pack(list(a.values()), "*")
+    names = list(a)
+
+    def unravel(flat: Tensor) -> Tree:
+        lead = "" if flat.ndim == 1 else " ".join(f"l{i}" for i in range(flat.ndim - 1)) + " "
+        return dict(zip(names, unpack(flat, shapes, f"{lead}*"), strict=True))
+
+    return vector, unravel
