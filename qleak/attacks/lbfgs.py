@@ -72,7 +72,7 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         col = accept[:, None]
         x0, g0 = torch.where(col, x, state.x), torch.where(col, grad, state.grad)
         f0 = torch.where(accept, loss, state.loss)
-        state, sg, yg = _store(state, accept & state.started, x - state.x, grad - state.grad, g0, history)
+        state, sg, yg = _store(state, accept & state.started, x - state.x, grad - state.grad, g0, history, armijo)
         d = torch.where(col, _direction(state, g0, sg, yg), state.direction)
         slope = (d * g0).sum(-1)
         # A direction that does not descend (rounding, or a lost history) starts again from −g.
@@ -81,6 +81,8 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         slope = torch.where(bad, -g0.square().sum(-1), slope)
         count = torch.where(bad, 0, state.count)
         first = lr * (1 / g0.abs().sum(-1).clamp(min=1e-30)).clamp(max=1)
+        if armijo:  # move every number by about a tenth; the line search takes it back if that was too far
+            first = 0.1 * lr * x.shape[1] ** 0.5 / g0.norm(dim=-1).clamp(min=1e-30)
         step = torch.where(accept, torch.where(count == 0, first, lr), state.step * shrink)
         state = state._replace(
             calls=state.calls + 1, count=count, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
@@ -89,17 +91,14 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         return x0 + step[:, None] * d, state
 
     def restart(state: LbfgsState, lanes: Tensor) -> LbfgsState:
-        return state._replace(
-            count=torch.where(lanes, 0, state.count),
-            started=state.started & ~lanes,
-            gamma=torch.where(lanes, 1, state.gamma),
-        )
+        # Old curvature still describes most of the new objective; only the pair across the change is skipped.
+        return state._replace(started=state.started & ~lanes)
 
     return Optimizer(init, update, restart)
 
 
 def _store(
-    state: LbfgsState, wanted: Tensor, s: Tensor, y: Tensor, g: Tensor, history: int
+    state: LbfgsState, wanted: Tensor, s: Tensor, y: Tensor, g: Tensor, history: int, relative: bool
 ) -> tuple[LbfgsState, Tensor, Tensor]:
     """Puts (s, y) into the ring of every wanted lane with positive curvature; returns Sg and Yg as well.
 
@@ -107,7 +106,9 @@ def _store(
     the pairs of every lane without a look at the device.
     """
     sy, yy = (s * y).sum(-1), (y * y).sum(-1)
-    keep = wanted & (sy > 1e-10)
+    # torch's rule is absolute, and stores nothing once a loss is small; ours is free of units.
+    least = 1e-6 * (s.square().sum(-1) * yy).sqrt() if relative else 1e-10
+    keep = wanted & (sy > least)
     lane, slot = torch.arange(len(s), device=s.device), state.count % history
     used = max(1, min(int(state.calls), history))
     mine = keep[:, None]

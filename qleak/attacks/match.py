@@ -21,22 +21,31 @@ from qleak.attacks import labels, objectives, priors, routes
 from qleak.attacks.adam import adam, sign_adam
 from qleak.attacks.lbfgs import lbfgs
 from qleak.catalog import factory
-from qleak.check import Expected, at_least, between, whole
+from qleak.check import Expected, at_least, between, one_of, whole
 from qleak.client import View, one_hot
 from qleak.types import Attack, Guess, Info, Optimizer, Status, Tree
+
+
+STARTS: dict[str, random.Draw] = {
+    "normal": random.normal,
+    "uniform": random.uniform,
+    "dark": lambda gen, shape: 0.1 * random.uniform(gen, shape),
+}
 
 
 class MatchState(NamedTuple):
     """`lane` first everywhere.
 
     `x` is the flat vector under optimisation (images, then label logits); `goal` is what the
-    objective worked out from the message, and `size` what the evidence is divided by.
+    objective worked out from the message, `size` what the evidence is divided by, and `unit` what
+    output errors are counted in.
     """
 
     x: Tensor
     optimizer: Any
     goal: Any
     size: Tensor
+    unit: Tensor
     labels: Tensor
     stage: Tensor
     since: Tensor
@@ -55,7 +64,8 @@ class Settings:
 
     Attributes:
         objective: see `qleak.attacks.objectives`.
-        joint: optimise soft labels with the image, instead of inferring them first.
+        labels: "joint" optimises soft labels with the image, "inferred" reads them off first, "errors"
+            optimises the output error from its decoded value (see `cells`).
         weights: prior weight of each stage; one stage of weight 0 means no prior.
         steps: closures of each stage.
         relative: divide the evidence by ‖decoded‖², so that weights mean the same on every net.
@@ -66,7 +76,7 @@ class Settings:
 
     objective: str
     optimizer: Optimizer
-    joint: bool = False
+    labels: str = "inferred"
     weights: tuple[float, ...] = (0.0,)
     steps: tuple[int, ...] = (6000,)
     relative: bool = False
@@ -94,7 +104,7 @@ def dlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, 
     """
     whole(outer=outer, inner=inner, patience=patience)
     at_least(1, outer=outer, inner=inner)
-    settings = Settings("l2", lbfgs(history, False, lr), True, steps=(outer * inner,), patience=patience)
+    settings = Settings("l2", lbfgs(history, False, lr), "joint", steps=(outer * inner,), patience=patience)
     return _attack(settings, ("Zhu, Liu, Han. Deep Leakage from Gradients. NeurIPS 2019.",))
 
 
@@ -119,13 +129,15 @@ def idlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100,
 
 @factory
 def cells(
-    weight: float = 1e-2,
+    weight: float = 0.1,
     fade: float = 0.1,
-    stages: int = 4,
-    steps: int = 200,
-    last: int = 400,
+    stages: int = 6,
+    steps: int = 100,
+    last: int = 200,
     gain: float = 0.02,
     objective: str = "cells",
+    labels: str = "errors",
+    start: str = "dark",
     optimizer: str = "lbfgs",
     lr: float = 1.0,
     route: str = "auto",
@@ -133,10 +145,14 @@ def cells(
     """The attacker who knows the channel: any gradient inside the message's cell fits equally well.
 
     The evidence is the channel's own misfit (zero in the cell, squared distance outside, a likelihood
-    behind noise) over ‖decoded‖². Labels come from the bias gradient. Total variation is faded by
-    `fade` from stage to stage, until a stage no longer improves the evidence by `gain`: the
-    smoothest image whose gradient lies in every cell. On an exact channel the cell is a point and the
-    last stage has no prior.
+    behind noise) over ‖decoded‖². Total variation is faded by `fade` from stage to stage, until a
+    stage no longer improves the evidence by `gain`: the smoothest image whose gradient lies in every
+    cell. On an exact channel the cell is a point and the last stage has no prior.
+
+    For one image the last bias gradient is the output error δ = p − y itself. The attacker starts δ
+    there and lets it move within its cell beside the image, instead of computing it from the guess:
+    on a trained net δ is tiny and hardly depends on the guess until the guess is right, which is
+    what makes plain matching fail there. Otherwise the label is inferred first.
 
     Args:
         weight: prior weight of the first stage.
@@ -146,6 +162,8 @@ def cells(
         last: closures of the final stage, on an exact channel without a prior.
         gain: a stage that lowers the evidence by less than this share is the last.
         objective: "cells", or "l2" for the same attack blind to the channel.
+        labels: "errors" or "inferred".
+        start: "dark" (uniform in [0, 0.1)), "uniform" in [0, 1) or "normal".
         optimizer: "lbfgs", "adam" or "sign_adam".
         lr: step length of the optimizer.
         route: derivative route, see `qleak.attacks.routes`.
@@ -157,9 +175,11 @@ def cells(
     if optimizer not in makers:
         raise Expected(f"Expected optimizer={optimizer!r} to be one of: {', '.join(sorted(makers))}.")
     weights = tuple(weight * fade**i for i in range(stages))
+    one_of(["errors", "inferred"], labels=labels)
+    one_of(STARTS, start=start)
     settings = Settings(
-        objective, makers[optimizer](), weights=(*weights, 0.0), steps=(steps,) * stages + (last,), relative=True,
-        box=1.0, start="uniform", gain=gain, route=route,
+        objective, makers[optimizer](), labels, weights=(*weights, 0.0), steps=(steps,) * stages + (last,), relative=True,
+        box=1.0, start=start, gain=gain, route=route,
     )  # fmt: skip
     papers = (
         "Geiping, Bauermeister, Dröge, Moeller. Inverting Gradients. NeurIPS 2020 (total variation).",
@@ -172,53 +192,68 @@ def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
     has_prior = any(settings.weights)
 
     def applies(view: View) -> str:
-        if settings.joint or _infer(view) is not None:
+        if settings.labels == "joint" or _infer(view) is not None:
             return ""
         return "needs a last linear layer with a gradient to infer the label from, or labels that are given."
 
     def draw(gen: Generator, view: View) -> Tree:
-        law = random.normal if settings.start == "normal" else random.uniform
-        start = {"x": law(gen, (view.client.batch, *view.model.shape))}
-        if settings.joint:
+        start = {"x": STARTS[settings.start](gen, (view.client.batch, *view.model.shape))}
+        if settings.labels == "joint":
             start["logits"] = random.normal(gen, (view.client.batch, view.model.classes))
         return start
 
     def init(view: View, start: Tree) -> MatchState:
         x = torch.cat([start[k].flatten(1) for k in start], 1)
-        inferred = None if settings.joint else _infer(view)
+        decoded = view.decoded()
+        if given(view) == "errors":
+            bias = labels.last_bias(decoded, view.model.classes)
+            assert bias is not None
+            unit = bias.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+            x = torch.cat([x, bias / unit], 1)
+        else:
+            unit = x.new_ones(len(x), 1)
+        inferred = None if settings.labels == "joint" else _infer(view)
         lane = x.new_zeros(len(x))
         count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         known = inferred if inferred is not None else count[:, None].expand(-1, view.client.batch).clone()
         inf = lane + torch.inf
         status = count if view.evidence or has_prior else count + Status.FINISHED
         goal = objectives.goal(view, settings.objective)
-        decoded = view.decoded()
         size = vmap(tree.dot)(decoded, decoded).clamp(min=1e-30) if settings.relative else lane + 1
         return MatchState(
-            x, settings.optimizer.init(x), goal, size, known, count, count.clone(), inf, x, inf, inf, inf, count.clone(), status
+            x, settings.optimizer.init(x), goal, size, unit, known, count, count.clone(), inf, x, inf, inf, inf, count.clone(), status
         )
 
+    def given(view: View) -> str:
+        known = settings.labels == "errors" and view.client.batch == 1 and not view.client.rows
+        return "errors" if known and labels.last_bias(view.params, view.model.classes) is not None else "labels"
+
     def split(view: View, state: MatchState) -> tuple[Tensor, Tensor]:
+        """Images, and what is given to the loss: label probabilities or output errors `[lane b class]`."""
         pixels = view.client.batch * torch.Size(view.model.shape).numel()
         images = state.x[:, :pixels].unflatten(1, (view.client.batch, *view.model.shape))
-        if settings.joint:
-            return images, torch.softmax(state.x[:, pixels:].unflatten(1, (view.client.batch, -1)), -1)
+        rest = state.x[:, pixels:]
+        if settings.labels == "joint":
+            return images, torch.softmax(rest.unflatten(1, (view.client.batch, -1)), -1)
+        if given(view) == "errors":
+            return images, (state.unit * rest)[:, None]
         return images, one_hot(state.labels, view.model.classes, images.dtype)
 
     def step(view: View, state: MatchState) -> tuple[MatchState, Info]:
         images, target = split(view, state)
         weights = torch.tensor(_weights(settings, view), dtype=images.dtype, device=images.device)
         weight = weights[state.stage]
-        evidence, dx, dlogits = _evidence(view, settings, state, images, target)
+        evidence, dx, dt = _evidence(view, settings, state, images, target, given(view))
         gradient = [dx.flatten(1)]
         loss = evidence
         if has_prior:
             value, slope = _prior(images, weight, settings.box)
             loss = loss + value
             gradient = [gradient[0] + slope.flatten(1)]
-        if settings.joint:  # from probabilities to logits: the softmax's own derivative
-            inner = dlogits - (dlogits * target).sum(-1, keepdim=True)
-            gradient.append((target * inner).flatten(1))
+        if settings.labels == "joint":  # from probabilities to logits: the softmax's own derivative
+            gradient.append((target * (dt - (dt * target).sum(-1, keepdim=True))).flatten(1))
+        elif given(view) == "errors":
+            gradient.append(state.unit * dt[:, 0])
         flat = torch.cat(gradient, 1)
         broken = ~(loss.isfinite() & flat.isfinite().all(-1))
         loss = torch.where(broken, torch.inf, loss)
@@ -239,7 +274,7 @@ def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
     def read(view: View, state: MatchState) -> Guess:
         best = state._replace(x=torch.where(state.best_loss.isfinite()[:, None], state.best_x, state.x))
         images, target = split(view, best)
-        guessed = target.argmax(-1) if settings.joint else state.labels
+        guessed = target.argmax(-1) if settings.labels == "joint" else state.labels
         return Guess(images, guessed, torch.where(state.best_loss.isfinite(), state.best_loss, torch.inf))
 
     return Attack(draw, init, step, read, sum(settings.steps), applies, tuple(papers), has_prior)
@@ -262,11 +297,11 @@ def _weights(settings: Settings, view: View) -> list[float]:
 
 
 def _evidence(
-    view: View, settings: Settings, state: MatchState, images: Tensor, target: Tensor
+    view: View, settings: Settings, state: MatchState, images: Tensor, target: Tensor, given: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not view.evidence:
         return images.new_zeros(len(images)), torch.zeros_like(images), torch.zeros_like(target)
-    closure = routes.closure(view, objectives.objective(view, settings.objective), settings.route)
+    closure = routes.closure(view, objectives.objective(view, settings.objective), settings.route, given)
     value, dx, dt = closure(images, target, state.goal)
     wide = state.size.view(-1, 1, 1)
     return value / state.size, dx / wide[..., None, None], dt / wide

@@ -43,40 +43,44 @@ def choose(view: View, route: str = "auto") -> tuple[str, str]:
     return "double", f"{view.lanes} lanes < {FORWARD_FROM}"
 
 
-def closure(view: View, objective: Objective, route: str = "auto") -> Closure:
-    """`(x [lane b c h w], t [lane b class], goal [lane …]) -> (L [lane], ∂L/∂x, ∂L/∂t)`, lanes independent."""
+def closure(view: View, objective: Objective, route: str = "auto", given: str = "labels") -> Closure:
+    """`(x [lane b c h w], t [lane b class], goal [lane …]) -> (L [lane], ∂L/∂x, ∂L/∂t)`, lanes independent.
+
+    `given` says what t is: "labels" (probabilities of the classes) or "errors" (of the logits).
+    """
     name, _ = choose(view, route)
     if name == "structured":
-        return _structured(view, objective)
-    one = _double(view, objective) if name == "double" else _forward(view, objective)
+        return _structured(view, objective, given)
+    one = _double(view, objective, given) if name == "double" else _forward(view, objective, given)
 
     return vmap(one, randomness="error")
 
 
-def update_of(view: View, x: Tensor, target: Tensor) -> Tree:
-    """What the client would compute from images `[b c h w]` with label probabilities `[b class]`."""
+def update_of(view: View, x: Tensor, target: Tensor, given: str = "labels") -> Tree:
+    """What the client would compute from images `[b c h w]` with label probabilities (or errors) `[b class]`."""
+
     def inner(x: Tensor, target: Tensor) -> Tree:
-        return grad(lambda p: client.loss(view.model, p, view.buffers, x, target))(view.params)
+        return grad(lambda p: client.LOSSES[given](view.model, p, view.buffers, x, target))(view.params)
 
     return inner(x, target) if view.client.rows == 0 else vmap(inner)(x[:, None], target[:, None])
 
 
-def _double(view: View, objective: Objective) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _double(view: View, objective: Objective, given: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def one(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
-        both = grad_and_value(lambda x, t: objective.misfit(update_of(view, x, t), goal), argnums=(0, 1))
+        both = grad_and_value(lambda x, t: objective.misfit(update_of(view, x, t, given), goal), argnums=(0, 1))
         (dx, dt), value = both(x, target)
         return value, dx, dt
 
     return one
 
 
-def _forward(view: View, objective: Objective) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _forward(view: View, objective: Objective, given: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     def one(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
-        update = update_of(view, x, target)
+        update = update_of(view, x, target, given)
         v, value = grad_and_value(lambda u: objective.misfit(u, goal))(update)
 
         def inputs(params: Tree) -> tuple[Tensor, Tensor]:
-            return grad(lambda x, t: client.loss(view.model, params, view.buffers, x, t), argnums=(0, 1))(x, target)
+            return grad(lambda x, t: client.LOSSES[given](view.model, params, view.buffers, x, t), argnums=(0, 1))(x, target)
 
         _, (dx, dt) = jvp(inputs, (view.params,), (v,))
         return value, dx, dt
@@ -84,13 +88,13 @@ def _forward(view: View, objective: Objective) -> Callable[..., tuple[Tensor, Te
     return one
 
 
-def _structured(view: View, objective: Objective) -> Closure:
+def _structured(view: View, objective: Objective, given: str) -> Closure:
     layers = view.model.layers
     assert layers is not None
 
     def every(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, target = x.detach().requires_grad_(), target.detach().requires_grad_()
-        update = structured.lane_gradients(layers, view.params, x, target)
+        update = structured.lane_gradients(layers, view.params, x, target, given)
         value, slope = value_and_slope(objective, {k: v.detach() for k, v in update.items()}, goal)
         dx, dt = torch.autograd.grad(list(update.values()), [x, target], [slope[k] for k in update])
         return value, dx, dt

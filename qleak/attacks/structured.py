@@ -44,9 +44,12 @@ def supports(layers: tuple[Layer, ...] | None) -> bool:
     )
 
 
-def lane_gradients(layers: tuple[Layer, ...], params: Params, x: Tensor, target: Tensor) -> Tree:
+def lane_gradients(
+    layers: tuple[Layer, ...], params: Params, x: Tensor, target: Tensor, given: str = "labels"
+) -> Tree:
     """∇_θ of each lane's mean cross-entropy: `x [lane b c h w]`, `target [lane b class] -> {name: [lane …]}`.
 
+    With `given="errors"`, `target` is the output error itself (see `client.linear_loss`).
     Differentiable in `x` and `target`. Equal to `vmap(grad(loss))`, proved by test in float64.
     """
     lanes, b = x.shape[:2]
@@ -56,7 +59,9 @@ def lane_gradients(layers: tuple[Layer, ...], params: Params, x: Tensor, target:
         out = _forward(layer, params, h)
         tape.append((h, out))
         h = out
-    delta = (torch.softmax(h, -1) * target.flatten(0, 1).sum(-1, keepdim=True) - target.flatten(0, 1)) / b
+    delta = target.flatten(0, 1)
+    if given == "labels":
+        delta = (torch.softmax(h, -1) * delta.sum(-1, keepdim=True) - delta) / b
     grads: Tree = {}
     first = next(i for i, layer in enumerate(layers) if layer.name)
     for i in range(len(layers) - 1, first - 1, -1):

@@ -1,0 +1,89 @@
+"""One chunk of lanes, from stored messages to guesses: what a worker process does.
+
+A job holds what the attacker may see and nothing else, so it cannot leak a secret into a guess.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from qleak import random, tree
+from qleak.attacks.drive import Progress, drive
+from qleak.client import View
+from qleak.plans import Audit, Chunk, from_json
+from qleak.types import Buffers, Guess, Message, Params, Tree
+
+
+class Job(NamedTuple):
+    """A chunk and its inputs; `plan` is JSON so that a job crosses process borders."""
+
+    plan: dict[str, Any]
+    chunk: Chunk
+    params: Params
+    buffers: Buffers
+    message: Message
+    device: str
+
+
+class Done(NamedTuple):
+    """The result of a job. `curve` is `[point, lane]`: own loss at `curve_at` closures."""
+
+    key: str
+    guess: Guess
+    status: Tensor
+    closures: Tensor
+    curve: Tensor
+    curve_at: Tensor
+    cpu_s: float
+
+
+def view_of(job: Job, plan: Audit | None = None) -> View:
+    """The attacker's view of a job."""
+    plan = plan or from_json(job.plan)
+    dtype = getattr(torch, plan.dtype)
+    place = torch.device(job.device)
+    move: Callable[[Tree], Tree] = lambda t: tree.to(tree.to(t, place), dtype)  # noqa: E731
+    code = tree.to(job.message.code, place)
+    side = tuple({k: tree.to(v, place) for k, v in s.items()} for s in job.message.side)
+    channel = plan.channels[job.chunk.channel]
+    return View(
+        plan.model, move(job.params), move(job.buffers), channel, plan.client, Message(code, side),
+        evidence=job.chunk.evidence,
+    )  # fmt: skip
+
+
+def starts(plan: Audit, chunk: Chunk, view: View) -> Tree:
+    """Every lane's own draws, stacked. The same (victim, restart) starts alike under every channel and attack."""
+    attack, dtype = plan.attacks[chunk.attack], getattr(torch, plan.dtype)
+    drawn = []
+    for lane in chunk.lanes:
+        path = (plan.seed, "start", plan.victims[lane.victim], lane.restart)
+        drawn.append(tree.to(attack.draw(random.generator(*path), view), dtype))
+    device = next(iter(view.params.values())).device
+    return tree.to(tree.stack(drawn), device)
+
+
+def events(job: Job) -> Iterator[Progress | Done]:
+    """Runs a chunk to its end, on one intra-op thread (small nets are fastest so)."""
+    if job.device == "cpu":
+        torch.set_num_threads(1)
+    plan = from_json(job.plan)
+    view = view_of(job, plan)
+    began = time.process_time()
+    points: list[tuple[int, Tensor]] = []
+    for event in drive(plan.attacks[job.chunk.attack], view, starts(plan, job.chunk, view)):
+        if isinstance(event, Progress):
+            points.append((event.step, event.loss))
+            yield event
+            continue
+        guess, status, closures = event
+        guess = Guess(guess.x.detach().cpu().float(), guess.labels.cpu(), guess.loss.detach().cpu().float())
+        curve = torch.stack([p[1] for p in points]) if points else torch.zeros(0, len(job.chunk.lanes))
+        at = torch.tensor([p[0] for p in points], dtype=torch.int64)
+        cpu_s = time.process_time() - began
+        yield Done(job.chunk.key, guess, status, closures, curve, at, cpu_s)

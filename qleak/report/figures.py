@@ -1,0 +1,175 @@
+"""Figures of a stored run: the picture grid as a PNG, loss curves and PSNR per arm as inline SVG.
+
+Matplotlib is imported inside, and only its objects are used: no pyplot, no global figure.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from textwrap import fill
+from typing import TYPE_CHECKING, Any
+
+from einops import rearrange
+
+from qleak.errors import Expected, did_you_mean
+from qleak.report.stored import Arm, Stored, by_arm, load, rgb, write_file
+from qleak.report.words import floor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# At least 3:1 against white and against the report's dark background.
+COLOURS = ("#3a7bd5", "#d0602b", "#17906b", "#b0509e", "#8a7a00", "#7a66c9")
+STYLES = ("-", "--", "-.", ":")
+INK = "#0a0b0c"  # stands for the page's text colour until the SVG is written
+
+
+def grid(folder: Path, out_png: Path, columns: Sequence[Arm] | Mapping[Arm, str] | None = None) -> Path:
+    """Writes a PNG of victims × (original + arms): every image pixel a sharp square, the PSNR beneath.
+
+    Args:
+        folder: the run's folder.
+        out_png: the file to write, atomically.
+        columns: arms to show in this order, or arms with titles; all of them by default.
+
+    Returns:
+        `out_png`.
+
+    Raises:
+        Expected: the run has no pictures, or no such arm.
+        Failed: the disk refused.
+    """
+    from matplotlib.figure import Figure
+
+    run = load(folder)
+    if not run.rows:
+        raise Expected(f"Expected a run with pictures at {folder}, it has no rows yet.")
+    arms = list(columns if columns is not None else run.arms())
+    known = {" / ".join(arm): arm for arm in run.arms()}
+    for arm in arms:
+        if arm not in known.values():
+            raise Expected(f"Unknown arm {' / '.join(arm)!r} of {folder}.{did_you_mean(' / '.join(arm), known)}")
+    titles = columns if isinstance(columns, Mapping) else {arm: "\n".join(arm) for arm in arms}
+    titles = {arm: "\n".join(fill(line, 20) for line in title.split("\n")) for arm, title in titles.items()}
+    chosen = run.chosen()
+    height, width = next(iter(run.originals.values())).shape[-2:]
+    scale = max(1, round(168 / width))  # whole pixels, so that nearest neighbour stays exact
+    gap, caption, head = 16, 30, 14 + 22 * max(1 + title.count("\n") for title in ("", *titles.values()))
+    w, h = (len(arms) + 1) * (scale * width + gap) + gap, head + len(run.originals) * (scale * height + caption)
+    figure = Figure(figsize=(w / 100, h / 100), dpi=100, facecolor="white")
+    for i, (image, original) in enumerate(run.originals.items()):
+        shown = [(original, f"image {image}", False)]
+        for arm in arms:
+            row = chosen[*arm, image]
+            shown.append((run.guess(row), f"{row['psnr']:.1f} dB", row["success"]))
+        for j, (pixels, text, bold) in enumerate(shown):
+            left, top = gap + j * (scale * width + gap), head + i * (scale * height + caption)
+            axes = figure.add_axes((left / w, 1 - (top + scale * height) / h, scale * width / w, scale * height / h))
+            axes.imshow(rearrange(rgb(pixels), "c h w -> h w c").numpy(), interpolation="nearest", vmin=0, vmax=1)
+            axes.set_axis_off()
+            middle = (left + scale * width / 2) / w
+            figure.text(middle, 1 - (top + scale * height + 4) / h, text, ha="center", va="top", size=11,
+                        weight="bold" if bold else "normal")  # fmt: skip
+            if i == 0:
+                title = titles[arms[j - 1]] if j else "original"
+                figure.text(middle, 1 - (head - 8) / h, title, ha="center", va="bottom", size=12, parse_math=False)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    return write_file(out_png, png.getvalue())
+
+
+def loss_curves(run: Stored) -> str:
+    """The attackers' own losses against closures as SVG: a panel per attack, a colour per channel.
+
+    Empty where no attack has steps.
+    """
+    from matplotlib.ticker import LogFormatter
+
+    panels: dict[str, dict[str, list[Any]]] = {}
+    for channel, attack in run.arms():
+        curves = [c for c in run.curves((channel, attack)) if len(c.at) > 1]
+        if curves:
+            panels.setdefault(attack, {})[channel] = curves
+    if not panels:
+        return ""
+    channels = _channels(run)
+
+    def draw(figure: Figure) -> None:
+        wide = min(len(panels), 3)
+        for i, (attack, found) in enumerate(panels.items(), start=1):
+            axes = figure.add_subplot(-(-len(panels) // wide), wide, i)
+            least = min((v for curves in found.values() for c in curves for v in c.loss if v > 0), default=1e-16)
+            for channel, curves in found.items():
+                k = channels.index(channel)
+                for n, curve in enumerate(curves):
+                    loss = [max(v, least / 10) for v in curve.loss]  # a loss of 0 lies on the floor
+                    style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
+                    style |= {"linewidth": 1.8} if curve.selected else {"linewidth": 0.8, "alpha": 0.5}
+                    axes.plot(curve.at, loss, label="" if n else channel, **style)
+            left = (i - 1) % wide == 0
+            axes.set(title=fill(attack, 36), xlabel="closures", ylabel="own loss" if left else "", yscale="log")
+            axes.yaxis.set_major_formatter(LogFormatter())  # the usual one writes mathematics
+            axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+            axes.legend(frameon=False, fontsize=8)
+            _tidy(axes)
+
+    return _svg("loss", (3.1 * min(len(panels), 3) + 0.6, 2.9 * -(-len(panels) // 3)), draw)
+
+
+def psnr_bars(run: Stored) -> str:
+    """PSNR per arm as SVG: bar the mean of the selected restarts, dots the images, tick the strongest control."""
+    arms, chosen, channels = by_arm(run.header), run.chosen(), _channels(run)
+    if not arms:
+        return ""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for y, ((channel, attack), found) in enumerate(arms.items()):
+            colour = COLOURS[channels.index(channel) % len(COLOURS)]
+            axes.barh(y, found["none"]["psnr_selected"], height=0.6, color=colour, alpha=0.35)
+            dots = [r["psnr"] for (c, a, _), r in chosen.items() if (c, a) == (channel, attack)]
+            axes.plot(dots, [y] * len(dots), "o", color=colour, markersize=5, alpha=0.8)
+            if (control := floor(found)) is not None:
+                axes.plot([control] * 2, [y - 0.38, y + 0.38], color=INK, linewidth=2)
+        axes.axvline(run.header["plan"]["success"], color=INK, linestyle="--", linewidth=1)
+        axes.set_yticks(range(len(arms)), [fill(" · ".join(arm), 44) for arm in arms])
+        axes.set(xlabel="PSNR of the selected restart, dB", xlim=(0, None))
+        axes.invert_yaxis()
+        _tidy(axes)
+
+    return _svg("psnr", (8, 0.9 + 0.34 * len(arms)), draw)
+
+
+def _channels(run: Stored) -> list[str]:
+    return list(dict.fromkeys(channel for channel, _ in run.arms()))
+
+
+def _tidy(axes: Axes) -> None:
+    axes.grid(color=INK, alpha=0.15, linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _svg(name: str, size: tuple[float, float], draw: Any) -> str:
+    """One inline SVG: text stays text and takes the page's colour, ids are its own, nothing points outside."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    settings: Any = dict.fromkeys(inked, INK)
+    settings |= {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9}
+    with rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained", facecolor="none")
+        draw(figure)
+        for axes in figure.axes:
+            axes.set_facecolor("none")
+        text = io.StringIO()
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
+    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    return svg.replace(INK, "currentColor")

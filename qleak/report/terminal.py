@@ -1,0 +1,116 @@
+"""A run in the terminal: pictures as half-blocks, the table, one verdict, the next command."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch.nn.functional as F
+from einops import rearrange
+from rich.color import Color
+from rich.console import Console, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from qleak.report import words
+from qleak.report.stored import Stored, by_arm, load, rgb
+from qleak.store import Row
+
+WIDTHS = (5, 6, 7, 5, 7, 14, 5)
+SHOWN = 4
+SMALL = 16
+
+
+def show(folder: Path, quiet: bool = False, verbose: bool = False, console: Console | None = None) -> None:
+    """Prints a stored run, fit for 80 columns, for no colour, and for a pipe.
+
+    Args:
+        folder: the run's folder.
+        quiet: only the verdict.
+        verbose: control arms as rows of their own.
+        console: where to print; standard output by default.
+
+    Raises:
+        Expected: there is no run, it is damaged, or it is not an audit.
+    """
+    console = console or Console(highlight=False)
+    run = load(folder)
+    if not quiet:
+        parts = [*pictures(run, console), *table(run, verbose)]
+        for part in parts:
+            console.print(part)
+    console.print(Text(words.verdict(run.header), style="bold"))
+    if not quiet:
+        command, why = words.next_step(run.header, folder)
+        console.print(Text(f"Next ({why}):\n  {command}"))
+
+
+def pictures(run: Stored, console: Console) -> Iterator[RenderableType]:
+    """Originals beside the selected reconstruction of every arm, wrapped to the width; no colour, no pictures."""
+    arms, chosen = run.arms(), run.chosen()
+    images = list(run.originals)[:SHOWN]
+    if not images:
+        return
+    if console.no_color or console.color_system not in ("256", "truecolor"):
+        yield Text("Pictures need a terminal with colours; report.html has them.\n")
+        return
+    wide = run.originals[images[0]].shape[-1]
+    whole = (len(arms) + 1) * (wide + 2) <= console.width + 1
+    side = wide if whole else math.ceil(wide / math.ceil(wide / SMALL))
+    per = max(1, (console.width + 1) // (side + 2) - 1)  # arms beside the original, one space between columns
+    for start in range(0, len(arms), per):
+        part = arms[start : start + per]
+        grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+        for title in ("original", *("\n".join(arm) for arm in part)):
+            grid.add_column(Text(title), width=side + 1, overflow="fold", vertical="bottom")
+        for image in images:
+            line = [blocks(run.originals[image], side) + Text(f"\nimage {image}\n")]
+            for arm in part:
+                row = chosen.get((*arm, image))
+                line.append(blocks(run.guess(row), side) + _caption(row) if row else Text("—"))
+            grid.add_row(*line)
+        yield grid
+    if len(run.originals) > len(images):
+        yield Text(f"… and {len(run.originals) - len(images)} more images in report.html\n")
+
+
+def blocks(pixels: Tensor, side: int) -> Text:
+    """An image `[c h w]` in [0, 1], averaged down to at most `side` columns; each half-block holds two pixels."""
+    height, width = pixels.shape[-2:]
+    factor = math.ceil(width / side)
+    size = (2 * math.ceil(height / factor / 2), math.ceil(width / factor))
+    small = F.adaptive_avg_pool2d(rgb(pixels), size).mul(255).round().int()
+    lines = []
+    for line in rearrange(small, "c (h half) w -> h w half c", half=2).tolist():
+        styles = (Style(color=Color.from_rgb(*upper), bgcolor=Color.from_rgb(*lower)) for upper, lower in line)
+        lines.append(Text.assemble(*(("▀", style) for style in styles)))
+    return Text("\n").join(lines)
+
+
+def _caption(row: Row) -> Text:
+    return Text(f"\n{row['psnr']:.1f} dB{' ✓' if row['success'] else ''}\n", style="bold" if row["success"] else "")
+
+
+def table(run: Stored, verbose: bool = False) -> Iterator[RenderableType]:
+    """Channels with what they send, their attacks beneath; then what was not run, and why."""
+    arms = by_arm(run.header)
+    for i, channel in enumerate(dict.fromkeys(c for c, _ in arms)):
+        mine = {attack: found for (c, attack), found in arms.items() if c == channel}
+        grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=i == 0, header_style="")
+        grid.add_column("", width=80 - sum(WIDTHS) - 2 * len(WIDTHS), overflow="fold", vertical="bottom")
+        for title, width in zip(words.COLUMNS, WIDTHS, strict=True):
+            grid.add_column(title, width=width, justify="right", vertical="bottom")
+        for attack, found in mine.items():
+            grid.add_row(Text(f"  {attack}"), *words.cells(found["none"], words.floor(found)))
+            for control, s in found.items():
+                if verbose and control != "none":
+                    grid.add_row(Text(f"   {control}"), *words.cells(s, None), style="dim")
+        heading = Text.assemble((channel, "bold"), f" · {words.cost(next(iter(mine.values()))['none'])}")
+        yield heading
+        yield grid
+    for line in words.refusals(run.header):
+        yield Text(line)
+    yield Text("")

@@ -1,0 +1,42 @@
+"""What an int8 gradient of a trained LeNet leaks. (claim to be measured)
+
+System 1 and 2: the sigmoid LeNet of the first gradient inversion papers, trained on MNIST, and digits it
+has never seen. Arms {fp32, int8} × {dlg, idlg, cells, closed_form}: the attackers of 2019 and 2020, who
+take the decoded numbers at face value, one who knows the quantizer, and the solve that needs no iteration.
+"""
+
+from qleak.attacks import cells, closed_form, dlg, idlg
+from qleak.catalog import build
+from qleak.channels import chain, identity, uniform
+from qleak.plans import Audit
+
+
+def pretrained_int8(
+    bits: int = 8,
+    seeds: int = 1,
+    victims: int = 4,
+    first: int = 7,
+    model: str = "lenet-mnist",
+    data: str = "mnist5k",
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        bits: bits of the uniform quantizer.
+        seeds: restarts per victim and arm.
+        victims: number of images, evenly spread over the 5,000 digits.
+        first: index of the first one.
+        model: a model of `qleak ls models`.
+        data: a data set of 28×28 grey images.
+        full: the papers' size: 32 restarts, 300 × 20 closures.
+    """
+    outer = 300 if full else 30
+    return Audit(
+        model=build("models", model),
+        data=data,
+        victims=tuple(first + 5000 // victims * i for i in range(victims)) if victims > 0 else (),
+        channels=(identity(), chain(uniform(bits=bits))),
+        attacks=(dlg(outer=outer), idlg(outer=outer), cells(), closed_form()),
+        restarts=32 if full else seeds,
+    )

@@ -1,0 +1,41 @@
+"""What an int8 gradient of an untrained colour LeNet leaks. (claim to be measured)
+
+System 1 and 2 in the setting of the first paper: the sigmoid LeNet with weights U(−0.5, 0.5), one 32×32
+photograph. The first photograph is attacked from many starts, the others from a few.
+"""
+
+from qleak.attacks import cells, closed_form, dlg, idlg
+from qleak.catalog import build
+from qleak.channels import chain, identity, uniform
+from qleak.plans import Audit
+
+
+def untrained_int8(
+    bits: int = 8,
+    seeds: int = 16,
+    others: int = 2,
+    photos: int = 6,
+    model: str = "lenet",
+    data: str = "photos",
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        bits: bits of the uniform quantizer.
+        seeds: restarts on the first photograph.
+        others: restarts on each of the others.
+        photos: number of photographs.
+        model: a model of `qleak ls models`.
+        data: a data set of 32×32 colour images.
+        full: the papers' size: 32 restarts everywhere, 300 × 20 closures.
+    """
+    outer = 300 if full else 30
+    return Audit(
+        model=build("models", model),
+        data=data,
+        victims=tuple(range(photos)),
+        channels=(identity(), chain(uniform(bits=bits))),
+        attacks=(dlg(outer=outer), idlg(outer=outer), cells(), closed_form()),
+        restarts=32 if full else (seeds, *(others,) * (photos - 1)),
+    )
