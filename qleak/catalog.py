@@ -81,7 +81,9 @@ def catalog(room: str) -> dict[str, Callable[..., Any]]:
     package = importlib.import_module(ROOMS[room])
     modules = [package]
     if hasattr(package, "__path__"):
-        modules = [importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)]
+        modules = [
+            importlib.import_module(f"{package.__name__}.{m.name}") for m in pkgutil.iter_modules(package.__path__)
+        ]
     found: dict[str, Callable[..., Any]] = {}
     for module in modules:
         for name, value in vars(module).items():

@@ -50,13 +50,15 @@ def one_of(options: Iterable[str], **named: Any) -> None:
     options = sorted(options)
     for name, value in named.items():
         if value not in options:
-            raise Expected(f"Expected {name}={value!r} to be one of: {', '.join(options)}.{did_you_mean(value, options)}")
+            raise Expected(
+                f"Expected {name}={value!r} to be one of: {', '.join(options)}.{did_you_mean(value, options)}"
+            )
 
 
 def finite(**trees: Tensor | dict[str, Tensor]) -> None:
     """Each tensor (or every tensor of a tree) holds neither NaN nor infinity."""
     for name, tree in trees.items():
-        for key, value in (tree.items() if isinstance(tree, dict) else [("", tree)]):
+        for key, value in tree.items() if isinstance(tree, dict) else [("", tree)]:
             bad = int((~torch.isfinite(value)).sum())
             if bad:
                 where = f"{name}[{key!r}]" if key else name

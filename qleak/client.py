@@ -86,7 +86,7 @@ def one_hot(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tens
 
 @factory
 def gradient(batch: int = 1) -> Client:
-    """g = ∇_θ mean cross-entropy over one batch: federated SGD (McMahan et al. 2017), the 2019 threat model."""
+    """G = ∇_θ mean cross-entropy over one batch: federated SGD (McMahan et al. 2017), the 2019 threat model."""
     whole(batch=batch)
     at_least(1, batch=batch)
 
@@ -119,6 +119,8 @@ def per_example(batch: int = 1) -> Client:
 
 def _fits(model: Model, x: Tensor, y: Tensor) -> None:
     if tuple(x.shape[1:]) != model.shape or len(x) != len(y):
-        raise Expected(f"Expected images [b, {model.shape}] with as many labels, got {tuple(x.shape)} and {tuple(y.shape)}.")
+        raise Expected(
+            f"Expected images [b, {model.shape}] with as many labels, got {tuple(x.shape)} and {tuple(y.shape)}."
+        )
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < model.classes:
         raise Expected(f"Expected labels in 0 … {model.classes - 1}, got {int(y.min())} … {int(y.max())}.")

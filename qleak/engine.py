@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from qleak import data, jobs, pool, random, tree
 from qleak.accounting import epsilon
+from qleak.attacks import routes
 from qleak.catalog import short
 from qleak.check import Expected, finite
 from qleak.jobs import Done, Job
@@ -72,7 +73,10 @@ def prepare(plan: Audit) -> Prepared:
     images = data.load(plan.data)
     x, y = _victims(plan, images.x, images.y)
     params, buffers = plan.model.init(random.generator(plan.model_seed, "params"))
-    params, buffers = tree.to(params, dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in buffers.items()}
+    params, buffers = (
+        tree.to(params, dtype),
+        {k: v.to(dtype) if v.is_floating_point() else v for k, v in buffers.items()},
+    )
     updates = [plan.client.update(plan.model, params, buffers, a.to(dtype), b) for a, b in zip(x, y, strict=True)]
     for update in updates:
         finite(gradient=update)
@@ -91,7 +95,9 @@ def prepare(plan: Audit) -> Prepared:
 
 def _victims(plan: Audit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     if tuple(x.shape[1:]) != plan.model.shape:
-        raise Expected(f"Expected data {plan.data!r} of shape {plan.model.shape} for this model, got {tuple(x.shape[1:])}.")
+        raise Expected(
+            f"Expected data {plan.data!r} of shape {plan.model.shape} for this model, got {tuple(x.shape[1:])}."
+        )
     b = plan.client.batch
     for i in plan.victims:
         if not 0 <= i <= len(x) - b:
@@ -139,7 +145,11 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
                 if not mine or any(k.key not in done for k in mine):
                     continue
                 lanes = [(k, done[k.key]) for k in mine]
-                fresh = [r for r in score_group(plan, prepared.secret, c, a, prepared.bits[c], prepared.epsilon[c], lanes) if r["key"] not in written]
+                fresh = [
+                    r
+                    for r in score_group(plan, prepared.secret, c, a, prepared.bits[c], prepared.epsilon[c], lanes)
+                    if r["key"] not in written
+                ]
                 if fresh:
                     store.append(fresh)
                     written.update(r["key"] for r in fresh)
@@ -207,6 +217,13 @@ def _known(plan: Audit, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def choices(plan: Audit) -> list[str]:
+    """Every automatic choice of the engine, with its reason."""
+    lanes = max(len(c.lanes) for c in plan.chunks())
+    route, why = routes.pick(plan.model, plan.client, lanes)
+    return [f"derivatives {route} ({why})", f"chunks of {plan.chunk} lanes (16–32 fit a CPU's cache; part of the plan)"]
+
+
 def estimate(plan: Audit, device: str = "cpu", steps: int = 3) -> dict[str, float]:
     """CPU seconds (an upper bound: every lane to its last step) and bytes of the largest chunk, from `steps` timed steps."""
     prepared = prepare(plan)
@@ -248,7 +265,10 @@ def _load(store: Run, chunk: Chunk) -> Done:
 def _flat(messages: list[Message]) -> Tree:
     """Messages as one flat tree, `victim/part/…/name`, for a tensor file."""
     leaves = pytree.tree_flatten_with_path(messages)[0]
-    return {"/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path): v for path, v in leaves}
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path): v
+        for path, v in leaves
+    }
 
 
 def _unflat(stored: Tree, like: list[Message]) -> list[Message]:

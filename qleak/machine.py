@@ -13,7 +13,18 @@ import torch
 
 from qleak.errors import Expected
 
-PACKAGES = ("qleak", "torch", "torchvision", "numpy", "scipy", "scikit-image", "einops", "dp-accounting", "rich", "typer")
+PACKAGES = (
+    "qleak",
+    "torch",
+    "torchvision",
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "einops",
+    "dp-accounting",
+    "rich",
+    "typer",
+)
 
 
 def place(device: str, workers: int) -> tuple[str, int, list[str]]:
@@ -73,7 +84,9 @@ def revision() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True)
+        out = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=5, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return out.stdout.strip()

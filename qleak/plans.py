@@ -89,6 +89,9 @@ class Audit:
             at_least(1, restarts=restarts)
         if len(set(self.victims)) != len(self.victims):
             raise Expected(f"Expected victims={self.victims} without repeats.")
+        near = sorted(self.victims)
+        if any(b - a < self.client.batch for a, b in zip(near, near[1:], strict=False)):
+            raise Expected(f"Expected victims={self.victims} at least {self.client.batch} apart, the batch size.")
         if self.dtype not in ("float32", "float64"):
             raise Expected(f"Expected dtype={self.dtype!r} to be one of: float32, float64.")
 
@@ -115,7 +118,8 @@ class Audit:
         found = []
         for c in range(len(self.channels)):
             for a in range(len(self.attacks)):
-                with_, without = list(self._lanes(("none", "wrong-gradient"))), list(self._lanes(("prior-only",)))
+                with_ = list(self._lanes(("none", "wrong-gradient"), self.attacks[a].restarts))
+                without = list(self._lanes(("prior-only",), self.attacks[a].restarts))
                 for name, lanes in (("lanes", with_), ("prior", without)):
                     for start in range(0, len(lanes), self.chunk):
                         some = tuple(lanes[start : start + self.chunk])
@@ -123,12 +127,13 @@ class Audit:
                         found.append(Chunk(key, c, a, name == "lanes", some))
         return found
 
-    def _lanes(self, controls: tuple[str, ...]) -> Iterator[Lane]:
+    def _lanes(self, controls: tuple[str, ...], random: bool) -> Iterator[Lane]:
         for control in controls:
             if control == "wrong-gradient" and len(self.victims) == 1:
                 continue  # there is nobody else's message to take
             for victim, restarts in enumerate(self.restart_counts()):
-                for restart in range(restarts if control == "none" else self.controls):
+                number = restarts if control == "none" else self.controls
+                for restart in range(number if random else min(number, 1)):
                     yield Lane(victim, restart, control)
 
 
@@ -166,7 +171,9 @@ def from_json(text: dict[str, Any]) -> Plan:
         Expected: the plan is of a kind or schema this version does not know.
     """
     if text.get("kind") != "audit" or text.get("schema") != SCHEMA:
-        raise Expected(f"Expected an audit plan of schema {SCHEMA}, got {text.get('kind')!r} of {text.get('schema')!r}.")
+        raise Expected(
+            f"Expected an audit plan of schema {SCHEMA}, got {text.get('kind')!r} of {text.get('schema')!r}."
+        )
     rooms = {"model": "models", "client": "clients", "channels": "channels", "attacks": "attacks"}
     values: dict[str, Any] = {}
     for field in fields(Audit):

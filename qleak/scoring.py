@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import product
 from typing import Any
 
 from qleak.catalog import short
@@ -59,7 +60,10 @@ def summarise(plan: Audit, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     `psnr_oracle` that of the best restart, which only the truth can tell.
     """
     out = []
-    for key in dict.fromkeys((r["channel"], r["attack"], r["control"]) for r in rows):
+    # In the plan's order, whatever order the workers finished in.
+    order = {(c, short(a.spec)): i for i, (c, a) in enumerate(product(plan.labels(), plan.attacks))}
+    present = {(r["channel"], r["attack"], r["control"]) for r in rows}
+    for key in sorted(present, key=lambda k: (order[k[:2]], CONTROLS.index(k[2]))):
         mine = [r for r in rows if (r["channel"], r["attack"], r["control"]) == key]
         images = sorted({r["image"] for r in mine})
         chosen = [r["psnr"] for r in mine if r["selected"]]

@@ -32,7 +32,7 @@ def sub(a: Tree, b: Tree) -> Tree:
 
 
 def scale(a: Tree, factor: float | Tensor) -> Tree:
-    """factor · a."""
+    """Factor · a."""
     return {k: v * factor for k, v in a.items()}
 
 

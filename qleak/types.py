@@ -258,6 +258,7 @@ class Attack:
         applies: a sentence why the attack cannot be used on this view, or "" if it can.
         papers: references.
         prior: the attack has an image prior, so its prior-only control means something.
+        restarts: its start is random, so that restarts differ; a plan makes one lane a victim otherwise.
     """
 
     draw: Callable[[Generator, Any], Tree]
@@ -268,4 +269,5 @@ class Attack:
     applies: Callable[[Any], str]
     papers: tuple[str, ...] = ()
     prior: bool = False
+    restarts: bool = True
     spec: str = ""

@@ -91,7 +91,10 @@ def test_vmapped_equals_looped(channel):
     xs = [some(i) for i in range(3)]
     noises = [channel.draw(random.generator(i, "n"), LIKE) for i in range(3)]
     knobs, state = channel.knobs(), channel.init(LIKE)
-    looped = [channel.receive(knobs, channel.send(knobs, x, n, state, LIKE)[0][-1], LIKE) for x, n in zip(xs, noises, strict=True)]
+    looped = [
+        channel.receive(knobs, channel.send(knobs, x, n, state, LIKE)[0][-1], LIKE)
+        for x, n in zip(xs, noises, strict=True)
+    ]
     stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *noises)
     one = lambda x, n: channel.receive(knobs, channel.send(knobs, x, n, state, LIKE)[0][-1], LIKE)  # noqa: E731
     mapped = vmap(one, randomness="error")(tree.stack(xs), stacked)
@@ -321,10 +324,15 @@ def test_a_teacher_vote_is_a_channel():
     one = {"x": torch.zeros(30)}
     one["x"][:k] = 1.0
     votes_of = chain(top_k(k=k), sign(scale="none"))
-    two = [votes_of.receive(votes_of.knobs(), send(votes_of, {"x": s * one["x"]}, like=like)[-1], like)["x"] for s in (1, -1)]
+    two = [
+        votes_of.receive(votes_of.knobs(), send(votes_of, {"x": s * one["x"]}, like=like)[-1], like)["x"]
+        for s in (1, -1)
+    ]
     assert float((two[0] - two[1]).norm()) == pytest.approx(2 * math.sqrt(k))
     for i in range(n):
-        a, b = (votes_of.receive(votes_of.knobs(), send(votes_of, tree.at(x, j), like=like)[-1], like)["x"] for j in (i, 0))
+        a, b = (
+            votes_of.receive(votes_of.knobs(), send(votes_of, tree.at(x, j), like=like)[-1], like)["x"] for j in (i, 0)
+        )
         assert float((a - b).norm()) <= 2 * math.sqrt(k) + 1e-6
 
 
@@ -366,7 +374,9 @@ def test_levels_can_be_lanes():
     ids=lambda s: " > ".join(x.name for x in s),
 )
 def test_noise_without_a_bound_is_refused_when_the_chain_is_built(stages_):
-    with pytest.raises(Expected, match=r"^Expected a bounded input before (laplace|gaussian)\(.*\): put clip_l[12]\(\.\.\.\) in front"):
+    with pytest.raises(
+        Expected, match=r"^Expected a bounded input before (laplace|gaussian)\(.*\): put clip_l[12]\(\.\.\.\) in front"
+    ):
         chain(*stages_)
 
 

@@ -26,7 +26,9 @@ def lanes_at(state: Any, lanes: Tensor) -> Any:
     return pytree.tree_map(lambda v: v[lanes] if isinstance(v, Tensor) and v.ndim else v, state)
 
 
-def drive(attack: Attack, view: View, start: Tree, every: int = 25) -> Iterator[Progress | tuple[Guess, Tensor, Tensor]]:
+def drive(
+    attack: Attack, view: View, start: Tree, every: int = 25
+) -> Iterator[Progress | tuple[Guess, Tensor, Tensor]]:
     """Yields `Progress` each `every` steps, and at the end (guess, status `[lane]`, closures `[lane]`).
 
     Lanes that are finished, converged or diverged are read out and taken out of the batch; the rest

@@ -19,17 +19,18 @@ from torch.func import vmap
 from qleak import random, tree
 from qleak.attacks import labels, objectives, priors, routes
 from qleak.attacks.adam import adam, sign_adam
+from qleak.attacks.closed_form import refuse, solve_lanes
 from qleak.attacks.lbfgs import lbfgs
 from qleak.catalog import factory
-from qleak.check import Expected, at_least, between, one_of, whole
+from qleak.check import Expected, at_least, between, one_of, positive, whole
 from qleak.client import View, one_hot
 from qleak.types import Attack, Guess, Info, Optimizer, Status, Tree
-
 
 STARTS: dict[str, random.Draw] = {
     "normal": random.normal,
     "uniform": random.uniform,
     "dark": lambda gen, shape: 0.1 * random.uniform(gen, shape),
+    "solved": lambda gen, shape: 0.1 * random.uniform(gen, shape),  # where there is nothing to solve
 }
 
 
@@ -66,6 +67,7 @@ class Settings:
         objective: see `qleak.attacks.objectives`.
         labels: "joint" optimises soft labels with the image, "inferred" reads them off first, "errors"
             optimises the output error from its decoded value (see `cells`).
+        slack: unit in which output errors move, in parts of their decoded norm.
         weights: prior weight of each stage; one stage of weight 0 means no prior.
         steps: closures of each stage.
         relative: divide the evidence by ‖decoded‖², so that weights mean the same on every net.
@@ -77,6 +79,7 @@ class Settings:
     objective: str
     optimizer: Optimizer
     labels: str = "inferred"
+    slack: float = 1.0
     weights: tuple[float, ...] = (0.0,)
     steps: tuple[int, ...] = (6000,)
     relative: bool = False
@@ -137,6 +140,7 @@ def cells(
     gain: float = 0.02,
     objective: str = "cells",
     labels: str = "errors",
+    slack: float = 0.01,
     start: str = "dark",
     optimizer: str = "lbfgs",
     lr: float = 1.0,
@@ -163,13 +167,17 @@ def cells(
         gain: a stage that lowers the evidence by less than this share is the last.
         objective: "cells", or "l2" for the same attack blind to the channel.
         labels: "errors" or "inferred".
-        start: "dark" (uniform in [0, 0.1)), "uniform" in [0, 1) or "normal".
+        slack: unit in which δ moves beside the pixels, in parts of its decoded norm: small keeps a
+            hundred stiff directions out of the way, 1 helps a trained net out of local minima.
+        start: "dark" (uniform in [0, 0.1)), "uniform" in [0, 1), "normal", or "solved": the closed form's
+            answer, which a decoded message throws off and the cells then bring home.
         optimizer: "lbfgs", "adam" or "sign_adam".
         lr: step length of the optimizer.
         route: derivative route, see `qleak.attacks.routes`.
     """
     whole(stages=stages, steps=steps, last=last)
     at_least(1, stages=stages, steps=steps)
+    positive(weight=weight, slack=slack)
     between(1e-6, 1, fade=fade)
     makers = {"lbfgs": lambda: lbfgs(100, True, lr), "adam": lambda: adam(lr), "sign_adam": lambda: sign_adam(lr)}
     if optimizer not in makers:
@@ -178,7 +186,7 @@ def cells(
     one_of(["errors", "inferred"], labels=labels)
     one_of(STARTS, start=start)
     settings = Settings(
-        objective, makers[optimizer](), labels, weights=(*weights, 0.0), steps=(steps,) * stages + (last,), relative=True,
+        objective, makers[optimizer](), labels, slack, weights=(*weights, 0.0), steps=(steps,) * stages + (last,), relative=True,
         box=1.0, start=start, gain=gain, route=route,
     )  # fmt: skip
     papers = (
@@ -192,6 +200,9 @@ def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
     has_prior = any(settings.weights)
 
     def applies(view: View) -> str:
+        why = refuse(view.model.layers) if settings.start == "solved" else ""
+        if why:
+            return why
         if settings.labels == "joint" or _infer(view) is not None:
             return ""
         return "needs a last linear layer with a gradient to infer the label from, or labels that are given."
@@ -203,12 +214,14 @@ def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
         return start
 
     def init(view: View, start: Tree) -> MatchState:
+        if settings.start == "solved" and view.evidence:
+            start = {**start, "x": solve_lanes(view)[0].clamp(0, 1).to(start["x"])}
         x = torch.cat([start[k].flatten(1) for k in start], 1)
         decoded = view.decoded()
         if given(view) == "errors":
             bias = labels.last_bias(decoded, view.model.classes)
             assert bias is not None
-            unit = bias.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+            unit = settings.slack * bias.norm(dim=-1, keepdim=True).clamp(min=1e-30)
             x = torch.cat([x, bias / unit], 1)
         else:
             unit = x.new_ones(len(x), 1)
@@ -221,7 +234,21 @@ def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
         goal = objectives.goal(view, settings.objective)
         size = vmap(tree.dot)(decoded, decoded).clamp(min=1e-30) if settings.relative else lane + 1
         return MatchState(
-            x, settings.optimizer.init(x), goal, size, unit, known, count, count.clone(), inf, x, inf, inf, inf, count.clone(), status
+            x,
+            settings.optimizer.init(x),
+            goal,
+            size,
+            unit,
+            known,
+            count,
+            count.clone(),
+            inf,
+            x,
+            inf,
+            inf,
+            inf,
+            count.clone(),
+            status,
         )
 
     def given(view: View) -> str:
@@ -277,7 +304,9 @@ def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
         guessed = target.argmax(-1) if settings.labels == "joint" else state.labels
         return Guess(images, guessed, torch.where(state.best_loss.isfinite(), state.best_loss, torch.inf))
 
-    return Attack(draw, init, step, read, sum(settings.steps), applies, tuple(papers), has_prior)
+    return Attack(
+        draw, init, step, read, sum(settings.steps), applies, tuple(papers), has_prior, settings.start != "solved"
+    )
 
 
 def _infer(view: View) -> Tensor | None:
@@ -293,7 +322,10 @@ def _weights(settings: Settings, view: View) -> list[float]:
     if settings.weights[-1] or len(settings.weights) == 1:
         return list(settings.weights)
     exact = not any(s.kind in ("code", "select") or s.noise for s in view.channel.stages)
-    return [*settings.weights[:-1], 0.0 if exact else settings.weights[-2] * settings.weights[-2] / settings.weights[-3]]
+    return [
+        *settings.weights[:-1],
+        0.0 if exact else settings.weights[-2] * settings.weights[-2] / settings.weights[-3],
+    ]
 
 
 def _evidence(

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vmap
 
-from qleak import client
+from qleak import client as clients
 from qleak.attacks import structured
-from qleak.check import one_of
 from qleak.attacks.objectives import Objective, value_and_slope
+from qleak.check import one_of
 from qleak.client import View
-from qleak.types import Tree
+from qleak.types import Client, Model, Tree
 
 Closure = Callable[[Tensor, Tensor, Any], tuple[Tensor, Tensor, Tensor]]
 ROUTES = ("auto", "structured", "double", "forward")
@@ -31,16 +31,13 @@ ROUTES = ("auto", "structured", "double", "forward")
 FORWARD_FROM = 128
 
 
-def choose(view: View, route: str = "auto") -> tuple[str, str]:
-    """The route to take and the reason, for the terminal."""
-    one_of(ROUTES, route=route)
-    if route != "auto":
-        return route, "as asked"
-    if view.client.rows == 0 and not view.buffers and structured.supports(view.model.layers):
+def pick(model: Model, client: Client, lanes: int) -> tuple[str, str]:
+    """The route for so many lanes, and the reason, for the terminal."""
+    if client.rows == 0 and structured.supports(model.layers):
         return "structured", "the model declares its layers"
-    if view.lanes >= FORWARD_FROM:
-        return "forward", f"{view.lanes} lanes >= {FORWARD_FROM}"
-    return "double", f"{view.lanes} lanes < {FORWARD_FROM}"
+    if lanes >= FORWARD_FROM:
+        return "forward", f"{lanes} lanes >= {FORWARD_FROM}"
+    return "double", f"{lanes} lanes < {FORWARD_FROM}"
 
 
 def closure(view: View, objective: Objective, route: str = "auto", given: str = "labels") -> Closure:
@@ -48,7 +45,8 @@ def closure(view: View, objective: Objective, route: str = "auto", given: str = 
 
     `given` says what t is: "labels" (probabilities of the classes) or "errors" (of the logits).
     """
-    name, _ = choose(view, route)
+    one_of(ROUTES, route=route)
+    name = route if route != "auto" else pick(view.model, view.client, view.lanes)[0]
     if name == "structured":
         return _structured(view, objective, given)
     one = _double(view, objective, given) if name == "double" else _forward(view, objective, given)
@@ -60,7 +58,7 @@ def update_of(view: View, x: Tensor, target: Tensor, given: str = "labels") -> T
     """What the client would compute from images `[b c h w]` with label probabilities (or errors) `[b class]`."""
 
     def inner(x: Tensor, target: Tensor) -> Tree:
-        return grad(lambda p: client.LOSSES[given](view.model, p, view.buffers, x, target))(view.params)
+        return grad(lambda p: clients.LOSSES[given](view.model, p, view.buffers, x, target))(view.params)
 
     return inner(x, target) if view.client.rows == 0 else vmap(inner)(x[:, None], target[:, None])
 
@@ -80,7 +78,9 @@ def _forward(view: View, objective: Objective, given: str) -> Callable[..., tupl
         v, value = grad_and_value(lambda u: objective.misfit(u, goal))(update)
 
         def inputs(params: Tree) -> tuple[Tensor, Tensor]:
-            return grad(lambda x, t: client.LOSSES[given](view.model, params, view.buffers, x, t), argnums=(0, 1))(x, target)
+            return grad(lambda x, t: clients.LOSSES[given](view.model, params, view.buffers, x, t), argnums=(0, 1))(
+                x, target
+            )
 
         _, (dx, dt) = jvp(inputs, (view.params,), (v,))
         return value, dx, dt

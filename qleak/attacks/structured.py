@@ -44,9 +44,7 @@ def supports(layers: tuple[Layer, ...] | None) -> bool:
     )
 
 
-def lane_gradients(
-    layers: tuple[Layer, ...], params: Params, x: Tensor, target: Tensor, given: str = "labels"
-) -> Tree:
+def lane_gradients(layers: tuple[Layer, ...], params: Params, x: Tensor, target: Tensor, given: str = "labels") -> Tree:
     """∇_θ of each lane's mean cross-entropy: `x [lane b c h w]`, `target [lane b class] -> {name: [lane …]}`.
 
     With `given="errors"`, `target` is the output error itself (see `client.linear_loss`).
@@ -100,7 +98,9 @@ def _weight_gradient(layer: Layer, h: Tensor, delta: Tensor, lanes: int) -> tupl
         left = flat.unflatten(0, (lanes, -1)).transpose(1, 2).flatten(2)
         right = patches.unflatten(0, (lanes, -1)).transpose(1, 2).flatten(2)
         weight = torch.bmm(left, right.mT)
-    return weight.reshape(lanes, o["out"], o["in"], o["kernel"], o["kernel"]), flat.sum(-1).unflatten(0, (lanes, -1)).sum(1)
+    return weight.reshape(lanes, o["out"], o["in"], o["kernel"], o["kernel"]), flat.sum(-1).unflatten(
+        0, (lanes, -1)
+    ).sum(1)
 
 
 def _backward(layer: Layer, params: Params, before: Tensor, after: Tensor, delta: Tensor) -> Tensor:

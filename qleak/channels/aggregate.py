@@ -45,7 +45,7 @@ def total(adjacency: str = "add-or-remove-one") -> Stage:
 
 @factory
 def scale(factor: float = 1.0) -> Stage:
-    """x · factor; bounds and sensitivities scale with |factor|."""
+    """X · factor; bounds and sensitivities scale with |factor|."""
     if not isinstance(factor, int | float) or factor == 0 or factor != factor:
         raise Expected(f"Expected factor={factor!r} to be a number other than 0.")
 
@@ -66,7 +66,7 @@ def scale(factor: float = 1.0) -> Stage:
 
 @factory
 def mean(batch: int = 1) -> Stage:
-    """x / batch with a fixed, public batch size: the mean behind `total()` (expected size under Poisson sampling)."""
+    """X / batch with a fixed, public batch size: the mean behind `total()` (expected size under Poisson sampling)."""
     whole(batch=batch)
     at_least(1, batch=batch)
     return scale(1 / batch)

@@ -116,7 +116,9 @@ class Channel:
         x, messages, states = rows, [], []
         for k, v in rows.items():
             if tuple(v.shape[self.joins :]) != tuple(like[k].shape):
-                raise Expected(f"Expected rows[{k!r}] of {self.joins} row axes + {tuple(like[k].shape)}, got {tuple(v.shape)}.")
+                raise Expected(
+                    f"Expected rows[{k!r}] of {self.joins} row axes + {tuple(like[k].shape)}, got {tuple(v.shape)}."
+                )
         for i, leg in enumerate(self.legs):
             if leg.join:
                 x = leg.join.send({}, x, {}, ())[0]
@@ -175,8 +177,12 @@ class Channel:
         i = leg % len(self.legs)
         stages = [s for s in self.legs[i].stages if s.kind != "value"]
         if len(stages) != len(self.legs[i].stages) or not stages:
-            raise Expected(f"Expected a leg of select and code stages only, got {[s.name for s in self.legs[i].stages]}.")
-        return _mapped(lambda k, m: _cell_leg(self.legs[i].stages, like, k, m), self.depth(i), (None, 0))(knobs[i], message)
+            raise Expected(
+                f"Expected a leg of select and code stages only, got {[s.name for s in self.legs[i].stages]}."
+            )
+        return _mapped(lambda k, m: _cell_leg(self.legs[i].stages, like, k, m), self.depth(i), (None, 0))(
+            knobs[i], message
+        )
 
     def misfit(self, knobs: Knobs, message: Message, guess: Tree, like: Tree, leg: int = -1) -> Tensor:
         """Negative log-likelihood of one leg's message given the client's rows `guess`: a 0-dim tensor.
@@ -241,12 +247,16 @@ def _closed(facts: Facts, leg: Leg) -> Facts:
     return replace(facts, width=32.0, exact=facts.exact and not coded, law="mixed" if coded else facts.law)
 
 
-def _send_leg(stages: Sequence[Stage], like: Tree, knobs: Any, x: Tree, noise: Any, state: Any) -> tuple[Message, Any, Tree]:
+def _send_leg(
+    stages: Sequence[Stage], like: Tree, knobs: Any, x: Tree, noise: Any, state: Any
+) -> tuple[Message, Any, Tree]:
     likes, sides, states = [], [], []
     shape = like
     for stage, knob, eps, memory in zip(stages, knobs, noise, state, strict=True):
         if stage.noise and any(eps[k].shape != x[k].shape for k in x):
-            raise Expected(f"Expected noise of the shapes of {stage.name}'s input, got {[tuple(e.shape) for e in eps.values()]}.")
+            raise Expected(
+                f"Expected noise of the shapes of {stage.name}'s input, got {[tuple(e.shape) for e in eps.values()]}."
+            )
         likes.append(shape)
         x, side, memory = stage.send(knob, x, eps, memory)
         sides.append(side)
@@ -288,7 +298,9 @@ def _cell_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message)
     lo = hi = message.code
     for stage, before, knob, side in reversed(list(zip(stages, likes, knobs, message.side, strict=False))):
         assert stage.cell is not None, stage.name
-        lo, hi = stage.cell(knob, (lo, hi), side, before) if stage.kind == "select" else stage.cell(knob, lo, side, before)
+        lo, hi = (
+            stage.cell(knob, (lo, hi), side, before) if stage.kind == "select" else stage.cell(knob, lo, side, before)
+        )
     return lo, hi
 
 

@@ -16,14 +16,14 @@ from qleak.types import Belief, Bound, Facts, Side, Stage, Tree
 
 @factory
 def clip_l2(bound: float = 1.0) -> Stage:
-    """x · min(1, bound/‖x‖₂) over all tensors together (Abadi et al. 2016, Algorithm 1)."""
+    """X · min(1, bound/‖x‖₂) over all tensors together (Abadi et al. 2016, Algorithm 1)."""
     positive(bound=bound)
     return _clip("clip_l2", 2, bound)
 
 
 @factory
 def clip_l1(bound: float = 1.0) -> Stage:
-    """x · min(1, bound/‖x‖₁) over all tensors together: the bound that Laplace noise needs."""
+    """X · min(1, bound/‖x‖₁) over all tensors together: the bound that Laplace noise needs."""
     positive(bound=bound)
     return _clip("clip_l1", 1, bound)
 

@@ -108,4 +108,6 @@ def _noise(
         # A value that is private already stays so: what follows is post-processing.
         return out if before.event or given.value is None else replace(out, event=event(size / given.value))
 
-    return Stage(name, "value", send, push, fold=fold, knobs={"size": size}, noise="normal" if law == "gauss" else "laplace")
+    return Stage(
+        name, "value", send, push, fold=fold, knobs={"size": size}, noise="normal" if law == "gauss" else "laplace"
+    )

@@ -42,7 +42,7 @@ def density(m: Tensor, value: Tensor, v: Tensor | None, law: str) -> Tensor:
 
 
 def log_ndtr(x: Tensor) -> Tensor:
-    """ln Φ(x), stable in both tails. (`torch.special.log_ndtr` has no batching rule under `vmap`.)"""
+    """Ln Φ(x), stable in both tails. (`torch.special.log_ndtr` has no batching rule under `vmap`.)"""
     tail = x < -1
     low = torch.where(tail, x, -1.0)
     high = torch.where(tail, -1.0, x)

@@ -29,7 +29,11 @@ def sign(scale: str = "mean") -> Stage:
 
     def send(knobs: dict, x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
         code = {k: (v >= 0).to(torch.int32) for k, v in x.items()}
-        return code, ({"scale": {k: v.abs().sum() / max(v.numel(), 1) for k, v in x.items()}} if scale == "mean" else {}), state
+        return (
+            code,
+            ({"scale": {k: v.abs().sum() / max(v.numel(), 1) for k, v in x.items()}} if scale == "mean" else {}),
+            state,
+        )
 
     def cell(knobs: dict, code: Tree, side: Side, like: Tree) -> tuple[Tree, Tree]:
         zero = {k: torch.zeros(c.shape, dtype=like[k].dtype, device=c.device) for k, c in code.items()}
@@ -122,7 +126,11 @@ def threshold(at: float = 1.0) -> Stage:
     positive(at=at)
 
     def send(knobs: dict[str, Tensor], x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
-        return {k: ((v > knobs["at"]).to(torch.int32) - (v < -knobs["at"]).to(torch.int32)) for k, v in x.items()}, {}, state
+        return (
+            {k: ((v > knobs["at"]).to(torch.int32) - (v < -knobs["at"]).to(torch.int32)) for k, v in x.items()},
+            {},
+            state,
+        )
 
     def receive(knobs: dict, code: Tree, side: Side, like: Tree) -> Tree:
         return {k: c.to(like[k].dtype) for k, c in code.items()}

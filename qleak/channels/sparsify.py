@@ -57,7 +57,9 @@ def top_k(ratio: float | None = None, k: int | None = None) -> Stage:
         mask = {}
         for name, v in belief.mean.items():
             index = v.detach().abs().reshape(-1).topk(mean[name].shape[0], sorted=False).indices
-            mask[name] = torch.zeros_like(v.reshape(-1)).scatter(0, index, torch.ones_like(index, dtype=v.dtype)).view_as(v)
+            mask[name] = (
+                torch.zeros_like(v.reshape(-1)).scatter(0, index, torch.ones_like(index, dtype=v.dtype)).view_as(v)
+            )
         masked = lambda t: {name: v * mask[name] for name, v in t.items()}  # noqa: E731
         return Belief(masked(belief.mean), masked(belief.var))
 
@@ -79,7 +81,10 @@ def _scatter(values: Tensor, index: Tensor, like: Tensor, fill: Tensor) -> Tenso
 
 def _receive(knobs: dict, values: Tree, side: Side, like: Tree) -> Tree:
     zero = {name: v.new_zeros(()) for name, v in values.items()}
-    return {name: _scatter(v, side["index"][name], like[name], zero[name]).to(like[name].dtype) for name, v in values.items()}
+    return {
+        name: _scatter(v, side["index"][name], like[name], zero[name]).to(like[name].dtype)
+        for name, v in values.items()
+    }
 
 
 def _limit(lo: Tensor, hi: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def recipe_run(
     from qleak.cli.run import run_recipe
 
     if name in ("", "--help", "-h"):
-        print("Usage: qleak recipe run NAME [flags]\n\n`qleak recipe run NAME --help` lists the recipe's flags. Recipes:")
+        print(
+            "Usage: qleak recipe run NAME [flags]\n\n`qleak recipe run NAME --help` lists the recipe's flags. Recipes:"
+        )
         print("".join(f"  {known}\n" for known in recipes.names("")), end="")
         raise typer.Exit(0 if name else 2)
     run_recipe(name, context.args)

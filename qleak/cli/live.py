@@ -60,7 +60,13 @@ class Console:
         total = sum(plan.attacks[c.attack].steps * len(c.lanes) for c in plan.chunks())
         seen: dict[str, int] = {}
         losses: dict[str, float] = {}
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.console, transient=True, disable=self.silent) as bar:
             task = bar.add_task("closures", total=total)
 
@@ -87,4 +93,3 @@ def _ranges(values: Any) -> str:
     if len(values) > 2 and values == list(range(values[0], values[-1] + 1)):
         return f"{values[0]}–{values[-1]}"
     return ", ".join(map(str, values[:8])) + (" …" if len(values) > 8 else "")
-

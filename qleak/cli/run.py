@@ -62,7 +62,7 @@ def run_recipe(name: str, argv: list[str]) -> None:
     fn, path = recipes.load(name)
     preset = _config(argv, fn)
     command = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    command.command(path.stem)(_as_command(fn, preset, lambda own, common: execute(fn, path, own, common)))
+    command.command(path.stem)(_as_command(fn, preset, lambda own, common: execute(fn, name, own, common)))
     command(argv, prog_name=f"qleak recipe run {name}")
 
 
@@ -100,7 +100,11 @@ def _argument_help(doc: str) -> dict[str, str]:
 
 def _config(argv: list[str], fn: Callable[..., Audit]) -> dict[str, Any]:
     """Values of `--config FILE`, checked against the recipe's flags. A run's run.json repeats that run."""
-    given = [a.partition("=")[2] or (argv[i + 1 : i + 2] or [""])[0] for i, a in enumerate(argv) if a.split("=")[0] == "--config"]
+    given = [
+        a.partition("=")[2] or (argv[i + 1 : i + 2] or [""])[0]
+        for i, a in enumerate(argv)
+        if a.split("=")[0] == "--config"
+    ]
     if not given:
         return {}
     path = Path(given[-1])
@@ -122,7 +126,7 @@ def _config(argv: list[str], fn: Callable[..., Audit]) -> dict[str, Any]:
     return {k: Path(v) if k == "out" else v for k, v in values.items()}
 
 
-def execute(fn: Callable[..., Audit], path: Path, own: dict[str, Any], common: Common) -> None:
+def execute(fn: Callable[..., Audit], name: str, own: dict[str, Any], common: Common) -> None:
     """Runs the plan that the flags make, or what is left of it, and shows the run folder.
 
     Raises:
@@ -131,22 +135,34 @@ def execute(fn: Callable[..., Audit], path: Path, own: dict[str, Any], common: C
     from qleak import engine, machine, store
     from qleak.report import html, terminal
 
+    path = recipes.path_of(name)
     plan = fn(**own)
     if not isinstance(plan, Audit):
         raise Expected(f"Expected {path.stem}(…) to return a plan, got {type(plan).__name__}.")
-    changes = {f.name: v for f in fields(plan) if (v := getattr(common, f.name, None)) not in (None, "", 0) or f.name == "seed" and v == 0}
+    changes = {
+        f.name: v
+        for f in fields(plan)
+        if (v := getattr(common, f.name, None)) not in (None, "", 0) or (f.name == "seed" and v == 0)
+    }
     plan = replace(plan, **changes)
     device, workers, reasons = machine.place(common.device, common.workers)
     say = live.quiet() if common.quiet or common.json else live.Console()
-    say.plan(path.stem, plan, reasons, full=bool(own.get("full")))
+    say.plan(path.stem, plan, reasons + engine.choices(plan), full=bool(own.get("full")))
     if common.dry_run:
         say.estimate(plan, engine.estimate(plan, device), workers)
         return
     folder = _folder(common, path.stem, plan)
-    flags = {**own, **{k: str(v) if isinstance(v, Path) else v for k, v in common._asdict().items() if k not in ("config", "fresh", "dry_run", "json")}}
+    flags = {
+        **own,
+        **{
+            k: str(v) if isinstance(v, Path) else v
+            for k, v in common._asdict().items()
+            if k not in ("config", "fresh", "dry_run", "json")
+        },
+    }
     header = {
-        "kind": plan.kind, "plan_id": plan.id, "recipe": path.stem, "plan": plan.as_json(), "flags": flags,
-        "source": path.read_text(encoding="utf-8"), "choices": reasons, "workers": workers, "device": device,
+        "kind": plan.kind, "plan_id": plan.id, "recipe": name, "plan": plan.as_json(), "flags": flags,
+        "source": path.read_text(encoding="utf-8"), "choices": reasons + engine.choices(plan), "workers": workers, "device": device,
         **machine.describe(),
     }  # fmt: skip
     with store.open_run(folder, header, fresh=common.fresh) as run:

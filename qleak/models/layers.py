@@ -85,7 +85,7 @@ def shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
 
 
 def default_init(gen: Generator, layer: Layer) -> Params:
-    """torch's default: weights and biases ~ U(−1/√fan_in, 1/√fan_in)."""
+    """Torch's default: weights and biases ~ U(−1/√fan_in, 1/√fan_in)."""
     o = layer.options
     bound = 1 / math.sqrt(o["in"] * o.get("kernel", 1) ** 2)
     return {k: (2 * random.uniform(gen, s) - 1) * bound for k, s in shapes(layer).items()}
