@@ -9,7 +9,8 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from qleak.catalog import build, short
@@ -64,7 +65,7 @@ class Audit:
     victims: tuple[int, ...]
     channels: tuple[Channel, ...]
     attacks: tuple[Attack, ...]
-    client: Client = gradient()
+    client: Client = field(default_factory=gradient)
     restarts: int | tuple[int, ...] = 1
     controls: int = 1
     seed: int = 0
@@ -90,7 +91,7 @@ class Audit:
         if len(set(self.victims)) != len(self.victims):
             raise Expected(f"Expected victims={self.victims} without repeats.")
         near = sorted(self.victims)
-        if any(b - a < self.client.batch for a, b in zip(near, near[1:], strict=False)):
+        if any(b - a < self.client.batch for a, b in pairwise(near)):
             raise Expected(f"Expected victims={self.victims} at least {self.client.batch} apart, the batch size.")
         if self.dtype not in ("float32", "float64"):
             raise Expected(f"Expected dtype={self.dtype!r} to be one of: float32, float64.")
@@ -176,10 +177,10 @@ def from_json(text: dict[str, Any]) -> Plan:
         )
     rooms = {"model": "models", "client": "clients", "channels": "channels", "attacks": "attacks"}
     values: dict[str, Any] = {}
-    for field in fields(Audit):
-        value = text[field.name]
-        if field.name in rooms:
-            room = rooms[field.name]
+    for name in (f.name for f in fields(Audit)):
+        value = text[name]
+        if name in rooms:
+            room = rooms[name]
             value = tuple(build(room, v) for v in value) if isinstance(value, list) else build(room, value)
-        values[field.name] = tuple(value) if isinstance(value, list) else value
+        values[name] = tuple(value) if isinstance(value, list) else value
     return Audit(**values)

@@ -70,7 +70,7 @@ def stack(trees: Sequence[Tree]) -> Tree:
 
 def to(a: Tree, *args: torch.device | torch.dtype | str) -> Tree:
     """Every tensor moved or cast as `Tensor.to` does."""
-    return {k: v.to(*args) for k, v in a.items()}
+    return {k: v.to(*args) for k, v in a.items()}  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def ravel(a: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:

@@ -5,7 +5,7 @@ has never seen. Arms {fp32, int8} × {dlg, idlg, cells, closed_form}: the attack
 take the decoded numbers at face value, one who knows the quantizer, and the solve that needs no iteration.
 """
 
-from qleak.attacks import cells, closed_form, dlg, idlg
+from qleak.attacks import closed_form, dlg, idlg, refine
 from qleak.catalog import build
 from qleak.channels import chain, identity, uniform
 from qleak.plans import Audit
@@ -31,12 +31,12 @@ def pretrained_int8(
         data: a data set of 28×28 grey images.
         full: the papers' size: 32 restarts, 300 × 20 closures.
     """
-    outer = 300 if full else 30
+    outer = 300 if full else 20
     return Audit(
         model=build("models", model),
         data=data,
         victims=tuple(first + 5000 // victims * i for i in range(victims)) if victims > 0 else (),
         channels=(identity(), chain(uniform(bits=bits))),
-        attacks=(dlg(outer=outer), idlg(outer=outer), cells(start="solved"), closed_form()),
+        attacks=(dlg(outer=outer), idlg(outer=outer), refine(), closed_form()),
         restarts=32 if full else seeds,
     )

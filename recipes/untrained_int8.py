@@ -4,7 +4,7 @@ System 1 and 2 in the setting of the first paper: the sigmoid LeNet with weights
 photograph. The first photograph is attacked from many starts, the others from a few.
 """
 
-from qleak.attacks import cells, closed_form, dlg, idlg
+from qleak.attacks import cells, closed_form, dlg, idlg, refine
 from qleak.catalog import build
 from qleak.channels import chain, identity, uniform
 from qleak.plans import Audit
@@ -36,6 +36,6 @@ def untrained_int8(
         data=data,
         victims=tuple(range(photos)),
         channels=(identity(), chain(uniform(bits=bits))),
-        attacks=(dlg(outer=outer), idlg(outer=outer), cells(), cells(start="solved"), closed_form()),
+        attacks=(dlg(outer=outer), idlg(outer=outer), cells(), refine(), closed_form()),
         restarts=32 if full else (seeds, *(others,) * (photos - 1)),
     )

@@ -15,7 +15,7 @@ from qleak.types import Optimizer
 class AdamState(NamedTuple):
     """First and second moments `[lane d]`, and the number of updates of every lane."""
 
-    count: Tensor
+    updates: Tensor
     mean: Tensor
     square: Tensor
 
@@ -41,12 +41,12 @@ def _adam(lr: float, beta1: float, beta2: float, eps: float, signed: bool) -> Op
 
     def update(state: AdamState, x: Tensor, loss: Tensor, grad: Tensor) -> tuple[Tensor, AdamState]:
         grad = grad.sign() if signed else grad
-        count = state.count + 1
+        updates = state.updates + 1
         mean = beta1 * state.mean + (1 - beta1) * grad
         square = beta2 * state.square + (1 - beta2) * grad.square()
-        debias1, debias2 = 1 - beta1 ** count[:, None], 1 - beta2 ** count[:, None]
+        debias1, debias2 = 1 - beta1 ** updates[:, None], 1 - beta2 ** updates[:, None]
         step = (mean / debias1) / ((square / debias2).sqrt() + eps)
-        return x - lr * step, AdamState(count, mean, square)
+        return x - lr * step, AdamState(updates, mean, square)
 
     def restart(state: AdamState, lanes: Tensor) -> AdamState:
         return state  # running moments forget by themselves

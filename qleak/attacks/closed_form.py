@@ -113,7 +113,7 @@ def solve(
         Expected: the gradient is zero, so nothing was sent.
     """
     params, update = tree.to(params, torch.float64), tree.to(update, torch.float64)
-    shapes = [(1, *shape)]
+    shapes: list[tuple[int, ...]] = [(1, *shape)]
     for layer in layers:
         shapes.append(tuple(apply_layer(layer, params, torch.zeros(shapes[-1], dtype=torch.float64)).shape))
     last = layers[-1].name
@@ -127,7 +127,7 @@ def solve(
         if layer.kind == "activation":
             act = ACTIVATIONS[layer.options["function"]]
             h = INVERSES[layer.options["function"]](_inside(layer.options["function"], h))
-            _, slope = jvp(act, (h,), (torch.ones_like(h),))
+            slope = jvp(act, (h,), (torch.ones_like(h),))[1]
             delta = delta * slope
         elif layer.kind == "flatten":
             h, delta, slope = h.reshape(before), delta.reshape(before), slope.reshape(before)
@@ -171,7 +171,7 @@ def _invert(
     bare = {name: params[name], f"{layer.name}.bias": torch.zeros_like(params[f"{layer.name}.bias"])}
     zero = torch.zeros(before, dtype=torch.float64)
     offset = apply_layer(layer, params, zero)
-    _, transpose = vjp(lambda h: apply_layer(layer, bare, h), zero)
+    transpose = vjp(lambda h: apply_layer(layer, bare, h), zero)[1]
 
     def pull(
         kernel: Tensor,
@@ -185,15 +185,42 @@ def _invert(
     first, second = 1 / target.norm().clamp(min=1e-300), 1 / update[name].norm().clamp(min=1e-300)
     rows = torch.cat([forward * slope.flatten()[:, None] * first, weights * second])
     goal = torch.cat([target * first, update[name].flatten() * second])
-    normal = rows.mT @ rows
-    normal.diagonal().add_(ridge * normal.diagonal().mean())
-    factor = torch.linalg.cholesky(normal)
-    h = torch.zeros_like(goal[: rows.shape[1]])
-    for _ in range(3):  # the normal equations square the condition number; refinement takes it back
-        rest = goal - rows @ h
-        h = h + torch.cholesky_solve((rows.mT @ rest)[:, None], factor)[:, 0]
+    h = _least_squares(rows, goal, ridge)
     residual = (goal - rows @ h).norm() / goal.norm()
     return h.reshape(before), transpose(delta)[0], residual
+
+
+def _least_squares(rows: Tensor, goal: Tensor, ridge: float) -> Tensor:
+    """The minimiser of |rows·h − goal|² + ridge·trace/d·|h|² in float64.
+
+    The normal equations are factored in float32, which takes half the time, and the factor only
+    preconditions conjugate gradients on the float64 rows, which restore the accuracy.
+    """
+    single = rows.float()
+    normal = single.mT @ single
+    mean = normal.diagonal().mean()
+    normal.diagonal().add_(1e-6 * mean)
+    factor = torch.linalg.cholesky(normal)
+    weight = ridge * mean.double()
+
+    def precondition(r: Tensor) -> Tensor:
+        return torch.cholesky_solve(r.float()[:, None], factor)[:, 0].double()
+
+    h = torch.zeros_like(rows[0])
+    rest = rows.mT @ goal
+    first = rest.norm()
+    step = precondition(rest)
+    product = rest.dot(step)
+    for _ in range(100):
+        image = rows.mT @ (rows @ step) + weight * step
+        length = product / step.dot(image)
+        h, rest = h + length * step, rest - length * image
+        if rest.norm() <= 1e-14 * first:
+            break
+        turned = precondition(rest)
+        product, before = rest.dot(turned), product
+        step = turned + product / before * step
+    return h
 
 
 def _basis(shape: torch.Size) -> Tensor:

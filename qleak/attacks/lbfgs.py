@@ -18,10 +18,10 @@ from qleak.types import Optimizer
 
 
 class LbfgsState(NamedTuple):
-    """`lane` first everywhere. `count` pairs were stored since the last restart; `calls` counts updates."""
+    """`lane` first everywhere. `pairs` were stored since the last restart; `calls` counts updates."""
 
     calls: Tensor
-    count: Tensor
+    pairs: Tensor
     s: Tensor
     y: Tensor
     sy: Tensor
@@ -61,7 +61,7 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         pairs = x.new_zeros(lanes, history, d)
         count = torch.zeros(lanes, dtype=torch.int64, device=x.device)
         return LbfgsState(
-            calls=torch.zeros((), dtype=torch.int64), count=count, s=pairs, y=pairs.clone(), sy=gram, yy=gram.clone(),
+            calls=torch.zeros((), dtype=torch.int64), pairs=count, s=pairs, y=pairs.clone(), sy=gram, yy=gram.clone(),
             gamma=lane + 1, x=x, loss=lane + torch.inf, grad=torch.zeros_like(x), direction=torch.zeros_like(x),
             step=lane, slope=lane.clone(), started=count > 0,
         )  # fmt: skip
@@ -79,13 +79,15 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         bad = accept & ~(slope < 0)
         d = torch.where(bad[:, None], -g0, d)
         slope = torch.where(bad, -g0.square().sum(-1), slope)
-        count = torch.where(bad, 0, state.count)
+        count = torch.where(bad, 0, state.pairs)
         first = lr * (1 / g0.abs().sum(-1).clamp(min=1e-30)).clamp(max=1)
         if armijo:  # move every number by about a tenth; the line search takes it back if that was too far
             first = 0.1 * lr * x.shape[1] ** 0.5 / g0.norm(dim=-1).clamp(min=1e-30)
-        step = torch.where(accept, torch.where(count == 0, first, lr), state.step * shrink)
+        # torch shortens its very first step only, and goes on with −g·lr if that stored no pair.
+        begin = count == 0 if armijo else (count == 0) & (bad | ~state.started)
+        step = torch.where(accept, torch.where(begin, first, lr), state.step * shrink)
         state = state._replace(
-            calls=state.calls + 1, count=count, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
+            calls=state.calls + 1, pairs=count, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
             started=torch.ones_like(state.started),
         )  # fmt: skip
         return x0 + step[:, None] * d, state
@@ -109,7 +111,7 @@ def _store(
     # torch's rule is absolute, and stores nothing once a loss is small; ours is free of units.
     least = 1e-6 * (s.square().sum(-1) * yy).sqrt() if relative else 1e-10
     keep = wanted & (sy > least)
-    lane, slot = torch.arange(len(s), device=s.device), state.count % history
+    lane, slot = torch.arange(len(s), device=s.device), state.pairs % history
     used = max(1, min(int(state.calls), history))
     mine = keep[:, None]
     state.s[lane, slot] = torch.where(mine, s, state.s[lane, slot])
@@ -122,16 +124,16 @@ def _store(
     state.yy[lane, slot, :used] = torch.where(mine, by_y[:, 1], state.yy[lane, slot, :used])
     state.yy[lane, :used, slot] = state.yy[lane, slot, :used]
     gamma = torch.where(keep, sy / yy.clamp(min=1e-30), state.gamma)
-    return state._replace(count=state.count + keep, gamma=gamma), by_s[:, 1], by_y[:, 2]
+    return state._replace(pairs=state.pairs + keep, gamma=gamma), by_s[:, 1], by_y[:, 2]
 
 
 def _direction(state: LbfgsState, g: Tensor, sg: Tensor, yg: Tensor) -> Tensor:
     """−Hg by the compact form; lanes without pairs get −γg."""
     used = sg.shape[1]
     ring = torch.arange(used, device=g.device)
-    full = state.count[:, None] > used
-    order = torch.where(full, (state.count[:, None] + ring) % used, ring.expand(len(g), used))  # oldest first
-    valid = ring < state.count[:, None]
+    full = state.pairs[:, None] > used
+    order = torch.where(full, (state.pairs[:, None] + ring) % used, ring.expand(len(g), used))  # oldest first
+    valid = ring < state.pairs[:, None]
     lane = torch.arange(len(g), device=g.device)[:, None, None]
     pick = (lane, order[:, :, None], order[:, None, :])
     pair = valid[:, :, None] & valid[:, None, :]

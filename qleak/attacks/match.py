@@ -18,11 +18,7 @@ from torch.func import vmap
 
 from qleak import random, tree
 from qleak.attacks import labels, objectives, priors, routes
-from qleak.attacks.adam import adam, sign_adam
 from qleak.attacks.closed_form import refuse, solve_lanes
-from qleak.attacks.lbfgs import lbfgs
-from qleak.catalog import factory
-from qleak.check import Expected, at_least, between, one_of, positive, whole
 from qleak.client import View, one_hot
 from qleak.types import Attack, Guess, Info, Optimizer, Status, Tree
 
@@ -69,6 +65,7 @@ class Settings:
             optimises the output error from its decoded value (see `cells`).
         slack: unit in which output errors move, in parts of their decoded norm.
         weights: prior weight of each stage; one stage of weight 0 means no prior.
+        fade: factor between stages, for a last stage on a channel that is not exact.
         steps: closures of each stage.
         relative: divide the evidence by ‖decoded‖², so that weights mean the same on every net.
         box: weight of the penalty on pixels outside [0, 1], times the prior weight or 1.
@@ -81,6 +78,7 @@ class Settings:
     labels: str = "inferred"
     slack: float = 1.0
     weights: tuple[float, ...] = (0.0,)
+    fade: float = 0.1
     steps: tuple[int, ...] = (6000,)
     relative: bool = False
     box: float = 0.0
@@ -90,113 +88,8 @@ class Settings:
     route: str = "auto"
 
 
-@factory
-def dlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0) -> Attack:
-    """Deep leakage from gradients: image and soft label together, Σ‖g′ − g‖², L-BFGS without line search.
-
-    Zhu, Liu, Han (NeurIPS 2019), Algorithm 1, with their code's setting: standard normal start,
-    300 × 20 closures, history 100, no restarts, no bounds. The iterate of lowest own loss is
-    returned, where their code returns the last one.
-
-    Args:
-        outer: outer iterations.
-        inner: closures of one outer iteration.
-        lr: step length.
-        history: pairs of L-BFGS.
-        patience: freeze a lane after so many closures without 1 % improvement; 0 never does.
-    """
-    whole(outer=outer, inner=inner, patience=patience)
-    at_least(1, outer=outer, inner=inner)
-    settings = Settings("l2", lbfgs(history, False, lr), "joint", steps=(outer * inner,), patience=patience)
-    return _attack(settings, ("Zhu, Liu, Han. Deep Leakage from Gradients. NeurIPS 2019.",))
-
-
-@factory
-def idlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0) -> Attack:
-    """Improved DLG: the label by the sign of the last layer's gradient first, then `dlg` with it fixed.
-
-    Zhao, Mopuri, Bilen (2020), with their code's setting (that of `dlg`).
-
-    Args:
-        outer: outer iterations.
-        inner: closures of one outer iteration.
-        lr: step length.
-        history: pairs of L-BFGS.
-        patience: freeze a lane after so many closures without 1 % improvement; 0 never does.
-    """
-    whole(outer=outer, inner=inner, patience=patience)
-    at_least(1, outer=outer, inner=inner)
-    settings = Settings("l2", lbfgs(history, False, lr), steps=(outer * inner,), patience=patience)
-    return _attack(settings, ("Zhao, Mopuri, Bilen. iDLG: Improved Deep Leakage from Gradients. 2020.",))
-
-
-@factory
-def cells(
-    weight: float = 0.1,
-    fade: float = 0.1,
-    stages: int = 6,
-    steps: int = 100,
-    last: int = 200,
-    gain: float = 0.02,
-    objective: str = "cells",
-    labels: str = "errors",
-    slack: float = 0.01,
-    start: str = "dark",
-    optimizer: str = "lbfgs",
-    lr: float = 1.0,
-    route: str = "auto",
-) -> Attack:
-    """The attacker who knows the channel: any gradient inside the message's cell fits equally well.
-
-    The evidence is the channel's own misfit (zero in the cell, squared distance outside, a likelihood
-    behind noise) over ‖decoded‖². Total variation is faded by `fade` from stage to stage, until a
-    stage no longer improves the evidence by `gain`: the smoothest image whose gradient lies in every
-    cell. On an exact channel the cell is a point and the last stage has no prior.
-
-    For one image the last bias gradient is the output error δ = p − y itself. The attacker starts δ
-    there and lets it move within its cell beside the image, instead of computing it from the guess:
-    on a trained net δ is tiny and hardly depends on the guess until the guess is right, which is
-    what makes plain matching fail there. Otherwise the label is inferred first.
-
-    Args:
-        weight: prior weight of the first stage.
-        fade: factor from one stage to the next.
-        stages: number of stages with a prior.
-        steps: closures of each of them.
-        last: closures of the final stage, on an exact channel without a prior.
-        gain: a stage that lowers the evidence by less than this share is the last.
-        objective: "cells", or "l2" for the same attack blind to the channel.
-        labels: "errors" or "inferred".
-        slack: unit in which δ moves beside the pixels, in parts of its decoded norm: small keeps a
-            hundred stiff directions out of the way, 1 helps a trained net out of local minima.
-        start: "dark" (uniform in [0, 0.1)), "uniform" in [0, 1), "normal", or "solved": the closed form's
-            answer, which a decoded message throws off and the cells then bring home.
-        optimizer: "lbfgs", "adam" or "sign_adam".
-        lr: step length of the optimizer.
-        route: derivative route, see `qleak.attacks.routes`.
-    """
-    whole(stages=stages, steps=steps, last=last)
-    at_least(1, stages=stages, steps=steps)
-    positive(weight=weight, slack=slack)
-    between(1e-6, 1, fade=fade)
-    makers = {"lbfgs": lambda: lbfgs(100, True, lr), "adam": lambda: adam(lr), "sign_adam": lambda: sign_adam(lr)}
-    if optimizer not in makers:
-        raise Expected(f"Expected optimizer={optimizer!r} to be one of: {', '.join(sorted(makers))}.")
-    weights = tuple(weight * fade**i for i in range(stages))
-    one_of(["errors", "inferred"], labels=labels)
-    one_of(STARTS, start=start)
-    settings = Settings(
-        objective, makers[optimizer](), labels, slack, weights=(*weights, 0.0), steps=(steps,) * stages + (last,), relative=True,
-        box=1.0, start=start, gain=gain, route=route,
-    )  # fmt: skip
-    papers = (
-        "Geiping, Bauermeister, Dröge, Moeller. Inverting Gradients. NeurIPS 2020 (total variation).",
-        "Dimitrov et al. Bayesian Framework for Gradient Leakage. ICLR 2022 (likelihood of a defence).",
-    )
-    return _attack(settings, papers)
-
-
-def _attack(settings: Settings, papers: Sequence[str]) -> Attack:
+def matching(settings: Settings, papers: Sequence[str]) -> Attack:
+    """The attack that `settings` describe."""
     has_prior = any(settings.weights)
 
     def applies(view: View) -> str:
@@ -324,7 +217,7 @@ def _weights(settings: Settings, view: View) -> list[float]:
     exact = not any(s.kind in ("code", "select") or s.noise for s in view.channel.stages)
     return [
         *settings.weights[:-1],
-        0.0 if exact else settings.weights[-2] * settings.weights[-2] / settings.weights[-3],
+        0.0 if exact else settings.weights[-2] * settings.fade,
     ]
 
 
@@ -359,7 +252,8 @@ def _advance(settings: Settings, view: View, state: MatchState) -> MatchState:
     budget = torch.tensor(settings.steps, device=state.x.device)
     over = (state.since >= budget[state.stage]) & (state.status == Status.ACTIVE)
     final = state.stage == len(settings.steps) - 1
-    level = state.best_evidence > (1 - settings.gain) * state.evidence
+    # Evidence of 1 is what an update of zero has: a prior that still drowns the message proves nothing.
+    level = (state.best_evidence >= (1 - settings.gain) * state.evidence) & (state.best_evidence < 0.1)
     done = over & (final | (level & bool(settings.gain)))
     following = over & ~done
     lane = following[:, None]

@@ -82,7 +82,7 @@ def _forward(view: View, objective: Objective, given: str) -> Callable[..., tupl
                 x, target
             )
 
-        _, (dx, dt) = jvp(inputs, (view.params,), (v,))
+        dx, dt = jvp(inputs, (view.params,), (v,))[1]
         return value, dx, dt
 
     return one

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from qleak.catalog import factory
 from qleak.check import at_least, whole
 from qleak.models.layers import activation, flatten, linear, sequential
@@ -29,7 +31,7 @@ def mlp(
     at_least(1, channels=channels, size=size, classes=classes)
     widths = [channels * size * size, *hidden]
     layers: list[Layer] = [flatten()]
-    for i, (cin, cout) in enumerate(zip(widths, widths[1:], strict=False), start=1):
+    for i, (cin, cout) in enumerate(pairwise(widths), start=1):
         at_least(1, hidden=cout)
         layers += [linear(f"fc{i}", cin, cout), activation(function)]
     return sequential([*layers, linear(f"fc{len(widths)}", widths[-1], classes)], (channels, size, size))

@@ -1,0 +1,63 @@
+"""Every block of README and docs does what it says; the two install lines are CI's."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.M | re.S)
+
+
+def commands() -> list[str]:
+    found = []
+    for page in PAGES:
+        for block in blocks(page.read_text(encoding="utf-8"), "sh"):
+            found += [line.split("#")[0].strip() for line in block.splitlines()]
+    return [c for c in dict.fromkeys(found) if c and "pip install" not in c and not c.startswith("just ")]
+
+
+def snippets() -> list[tuple[str, str]]:
+    return [(p.name, b) for p in PAGES for b in blocks(p.read_text(encoding="utf-8"), "python")]
+
+
+QUICK = ("recipe ls", "ls ", "data ls", "doctor", "--help", "recipe show")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [pytest.param(c, marks=() if any(q in c for q in QUICK) else pytest.mark.slow) for c in commands()],
+)
+def test_shell_blocks(command, tmp_path):
+    words = command.split()
+    program = shutil.which("qleak", path=str(Path(sys.executable).parent)) or shutil.which("qleak")
+    assert words[0] == "qleak"
+    assert program, "the command `qleak` is not installed"
+    done = subprocess.run(
+        [program, *words[1:]], cwd=tmp_path, capture_output=True, text=True, check=False, env=dict(os.environ)
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("page", "code"), snippets(), ids=lambda v: v[:12])
+def test_python_blocks(page, code):
+    exec(compile(code, page, "exec"), {})
+
+
+def test_the_pages_have_blocks_to_run():
+    assert len(commands()) >= 5
+    assert snippets()
+
+
+def test_links_between_pages_exist():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name} -> {target}"
