@@ -1,8 +1,7 @@
 """Speed against the sequential twin: `just bench`, or `just bench --quick`. See docs/performance.md.
 
-One process, one thread, CPU time. The contestants advance in turn, in proportion to their own work, so that
-whatever else the machine does hits all of them alike. The stop at a small MSE looks at the truth: it exists
-here only, and it is the same for all.
+One process, one thread, CPU time; the contestants advance in turn, in proportion to their own work. The stop at
+a small MSE looks at the truth: it exists here only, and is the same for all.
 """
 
 from __future__ import annotations
@@ -62,12 +61,11 @@ def victim(photo: int) -> tuple[View, torch.Tensor]:
     update = client.update(model, params, buffers, x, y)
     noise = channel.draw(random.generator(0, "channel"), params, ())
     sent = channel.send(channel.knobs(), update, noise, channel.init(params), params)[0][-1]
-    message = pytree.tree_map(lambda v: v[None], sent)
-    return View(model, params, buffers, channel, client, message), x
+    return View(model, params, buffers, channel, client, pytree.tree_map(lambda v: v[None], sent)), x
 
 
-def starts(attack: Attack, view: View, seeds: range) -> list[Tree]:
-    return [attack.draw(random.generator(0, "start", 0, seed), view) for seed in seeds]
+def starts(attack: Attack, view: View, seeds: int) -> list[Tree]:
+    return [attack.draw(random.generator(0, "start", 0, seed), view) for seed in range(seeds)]
 
 
 def twin_closure(view: View, image: torch.Tensor, logits: torch.Tensor) -> Callable[[], torch.Tensor]:
@@ -98,10 +96,9 @@ def sequential(score: Score, view: View, truth: torch.Tensor, lanes: list[Tree],
             optimizer.step(closure)
             done = optimizer.state[image]["func_evals"]
             score.closures = before + done
-            if float(metrics.mse(image.detach(), truth)) <= mse:
-                score.at.append(done)
-                break
-            if not bool(image.isfinite().all()):
+            reached = float(metrics.mse(image.detach(), truth)) <= mse
+            score.at += [done] * reached
+            if reached or not bool(image.isfinite().all()):
                 break
             if (i + 1) % 25 == 0:
                 yield (seed + i / outer) / len(lanes)
@@ -134,9 +131,7 @@ def race(entries: list[tuple[Score, Slices]]) -> None:
     while min(share) < 1:
         if min(share) >= said + 0.05:
             said = min(share)
-            doing = ", ".join(
-                f"{x.name[:1]} {x.cpu_s:.0f} CPU s {x.closures} closures {len(x.at)} ok" for x, _ in entries
-            )
+            doing = ", ".join(f"{x.name[:1]} {x.cpu_s:.0f} s {x.closures} closures {len(x.at)} ok" for x, _ in entries)
             print(f"{said:4.0%} {doing}", file=sys.stderr, flush=True)
         i = share.index(min(share))
         began = time.process_time()
@@ -148,14 +143,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in (("--seeds", 16), ("--outer", 300), ("--mse", 1e-3), ("--patience", 400)):
         parser.add_argument(name, type=type(default), default=default, help="default %(default)s")
-    parser.add_argument("--quick", action="store_true", help="4 seeds to 1e-2, for trying")
+    parser.add_argument("--quick", action="store_const", const={"seeds": 4, "mse": 1e-2}, default={}, help="for trying")
     parser.add_argument("--skip", default="", help="contestants to leave out, for example AP")
     args = parser.parse_args()
-    if args.quick:
-        args.seeds, args.mse = 4, 1e-2
+    vars(args).update(args.quick)
     torch.set_num_threads(1)
     view, truth = victim(0)
-    seeds, plain = range(args.seeds), dlg(outer=args.outer)
+    plain = dlg(outer=args.outer)
     contestants = {
         "A": ("A sequential twin", None),
         "B": ("B batched, same algorithm", plain),
@@ -165,26 +159,23 @@ def main() -> None:
     s, entries = {}, []
     for k, (name, attack) in contestants.items():
         if k not in args.skip:
-            s[k], lanes = Score(name, args.seeds), starts(attack or plain, view, seeds)
-            if attack:  # warm up, not counted
-                list(batched(Score("", 2), attack, view, truth, lanes[:2], 1.0))
-                entries.append((s[k], batched(s[k], attack, view, truth, lanes, args.mse)))
-            else:
-                entries.append((s[k], sequential(s[k], view, truth, lanes, args.outer, args.mse)))
+            s[k], lanes = Score(name, args.seeds), starts(attack or plain, view, args.seeds)
+            list(batched(Score("", 2), attack or plain, view, truth, lanes[:2], 1.0))  # warm up, not counted
+            run = batched(s[k], attack, view, truth, lanes, args.mse) if attack else None
+            entries.append((s[k], run or sequential(s[k], view, truth, lanes, args.outer, args.mse)))
     race(entries)
     for name, attack in (("D refine, one lane", refine()), ("D closed form", closed_form())):
         s[name] = Score(name, 1)
-        race([(s[name], batched(s[name], attack, view, truth, starts(attack, view, range(1)), args.mse))])
+        race([(s[name], batched(s[name], attack, view, truth, starts(attack, view, 1), args.mse))])
     report(s, vars(args))
 
 
 def compare(s: dict[str, Score]) -> dict[str, Any]:
     ratios = {}
     for k, target, aim in (("B", 3, 5), ("P", 3, 5), ("C", 10, 15)):
-        if k in s and "A" in s:
-            total = s["A"].cpu_s / s[k].cpu_s
-            each = total * len(s[k].at) / max(len(s["A"].at), 1)
-            ratios[k] = {"cpu": round(total, 2), "cpu_per_success": round(each, 2), "target": target, "aim": aim}
+        if {k, "A"} <= set(s):
+            total, ok = s["A"].cpu_s / s[k].cpu_s, len(s[k].at) / max(len(s["A"].at), 1)
+            ratios[k] = {"cpu": round(total, 2), "cpu_per_success": round(total * ok, 2), "target": target, "aim": aim}
     return ratios
 
 

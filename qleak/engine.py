@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from qleak import data, jobs, pool, random, tree
 from qleak.accounting import epsilon
@@ -111,7 +110,7 @@ def job_of(plan: Audit, prepared: Prepared, chunk: Chunk, device: str = "cpu") -
     """The job of one chunk: each lane gets its victim's message, or its neighbour's in the wrong-gradient control."""
     messages = prepared.messages[chunk.channel]
     shift = [(lane.victim + (lane.control == "wrong-gradient")) % len(messages) for lane in chunk.lanes]
-    message = pytree.tree_map(lambda *parts: torch.stack(parts), *[messages[i] for i in shift])
+    message = tree.nested_map(lambda *parts: torch.stack(parts), *[messages[i] for i in shift])
     return Job(plan.as_json(), chunk, prepared.params, prepared.buffers, message, device)
 
 
@@ -126,9 +125,9 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     if not store.has("victims"):
         store.save("victims", {"x": prepared.secret.x, "y": prepared.secret.y})
         for i, messages in enumerate(prepared.messages):
-            store.save(f"messages-{i}", _flat(messages))
+            store.save(f"messages-{i}", tree.flatten(messages))
     for i in range(len(plan.channels)):
-        prepared.messages[i] = _unflat(store.load(f"messages-{i}"), prepared.messages[i])
+        prepared.messages[i] = tree.unflatten(store.load(f"messages-{i}"), prepared.messages[i])
     chunks = plan.chunks()
     chunks, refused = _applicable(plan, prepared, chunks)
     store.update(refused=refused)
@@ -235,7 +234,7 @@ def estimate(plan: Audit, device: str = "cpu", steps: int = 3) -> dict[str, floa
         if what not in timed:
             view = jobs.view_of(job_of(plan, prepared, chunk, device), plan)
             state = attack.init(view, jobs.starts(plan, chunk, view))
-            size = max(size, 3.0 * sum(v.nbytes for v in pytree.tree_leaves(state) if isinstance(v, Tensor)))
+            size = max(size, 3.0 * sum(v.nbytes for v in tree.flatten(state).values()))
             began = time.process_time()
             for _ in range(min(steps, attack.steps)):
                 state, _ = attack.step(view, state)
@@ -260,17 +259,3 @@ def _load(store: Run, chunk: Chunk) -> Done:
     t = store.load(f"chunk-{chunk.key}")
     guess = Guess(t["x"], t["labels"], t["loss"])
     return Done(chunk.key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]))
-
-
-def _flat(messages: list[Message]) -> Tree:
-    """Messages as one flat tree, `victim/part/…/name`, for a tensor file."""
-    leaves = pytree.tree_flatten_with_path(messages)[0]
-    return {
-        "/".join(str(getattr(k, "key", getattr(k, "idx", getattr(k, "name", k)))) for k in path): v
-        for path, v in leaves
-    }
-
-
-def _unflat(stored: Tree, like: list[Message]) -> list[Message]:
-    leaves, spec = pytree.tree_flatten(like)
-    return pytree.tree_unflatten([stored[k] for k in _flat(like)], spec) if leaves else like

@@ -7,6 +7,7 @@ Trees keep torch's parameter names and their order. `ravel` flattens one to a ve
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from einops import pack, unpack
@@ -83,3 +84,33 @@ def ravel(a: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
         return dict(zip(names, unpack(flat, shapes, f"{lead}*"), strict=True))
 
     return vector, unravel
+
+
+def nested_map(fn: Callable[..., Any], *nested: Any) -> Any:
+    """`fn` over the tensors of equally nested dicts, lists, tuples and NamedTuples; other leaves come from the first."""
+    first = nested[0]
+    if isinstance(first, Tensor):
+        return fn(*nested)
+    if isinstance(first, dict):
+        return {k: nested_map(fn, *(n[k] for n in nested)) for k in first}
+    if isinstance(first, list | tuple):
+        parts = [nested_map(fn, *group) for group in zip(*nested, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
+
+
+def flatten(nested: Any, path: str = "") -> Tree:
+    """The tensors of a nested structure by path, `0/code/conv1.weight`."""
+    if isinstance(nested, Tensor):
+        return {path.removeprefix("/"): nested}
+    names = getattr(nested, "_fields", None) or (nested if isinstance(nested, dict) else range(len(nested)))
+    found: Tree = {}
+    for name, part in zip(names, nested.values() if isinstance(nested, dict) else nested, strict=True):
+        found |= flatten(part, f"{path}/{name}")
+    return found
+
+
+def unflatten(flat: Tree, like: Any, path: str = "") -> Any:
+    """The inverse of `flatten`, into the structure of `like`."""
+    names = iter(flatten(like, path))
+    return nested_map(lambda leaf: flat[next(names)], like)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils import _pytree as pytree
 
 from qleak import random, tree
 from qleak.attacks import cells, closed_form, dlg, idlg, labels, refine
@@ -38,7 +37,7 @@ def scene(spec, channel=None, lanes=1, batch=1, seed=0):
         noise = channel.draw(random.generator("noise", i), params, ())
         update = client.update(model, params, {}, x[i], y[i])
         sent.append(channel.send(channel.knobs(), update, noise, channel.init(params), params)[0][-1])
-    return View(model, params, {}, channel, client, pytree.tree_map(lambda *t: torch.stack(t), *sent)), x, y
+    return View(model, params, {}, channel, client, tree.nested_map(lambda *t: torch.stack(t), *sent)), x, y
 
 
 def attacked(attack, view):

@@ -95,7 +95,7 @@ def test_vmapped_equals_looped(channel):
         channel.receive(knobs, channel.send(knobs, x, n, state, LIKE)[0][-1], LIKE)
         for x, n in zip(xs, noises, strict=True)
     ]
-    stacked = torch.utils._pytree.tree_map(lambda *t: torch.stack(t), *noises)
+    stacked = tree.nested_map(lambda *t: torch.stack(t), *noises)
     one = lambda x, n: channel.receive(knobs, channel.send(knobs, x, n, state, LIKE)[0][-1], LIKE)  # noqa: E731
     mapped = vmap(one, randomness="error")(tree.stack(xs), stacked)
     for i, alone_ in enumerate(looped):

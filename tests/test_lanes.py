@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils import _pytree as pytree
 
 from qleak import engine, jobs, random, tree
 from qleak.attacks import cells, closed_form, dlg, idlg, refine
@@ -29,7 +28,7 @@ def view_of(channel, lanes=3, model=MODEL, dtype=torch.float64):
         update = client.update(model, params, {}, x, torch.tensor([i % model.classes]))
         noise = channel.draw(random.generator("channel", i), params, ())
         sent.append(channel.send(channel.knobs(), update, noise, channel.init(params), params)[0][-1])
-    return View(model, params, {}, channel, client, pytree.tree_map(lambda *t: torch.stack(t), *sent))
+    return View(model, params, {}, channel, client, tree.nested_map(lambda *t: torch.stack(t), *sent))
 
 
 def begin(attack, view, seeds):
@@ -230,9 +229,9 @@ def test_lanes_that_leave_do_not_disturb_the_rest():
 def test_a_state_can_be_cut_into_lanes():
     attack, view = cells(stages=1, steps=5, last=5), view_of(chain(uniform(levels=16)))
     state = attack.init(view, begin(attack, view, (1, 2, 3)))
-    leaves = [v for v in pytree.tree_leaves(state) if isinstance(v, torch.Tensor) and v.ndim]
+    leaves = [v for v in tree.flatten(state).values() if v.ndim]
     assert all(len(v) == 3 for v in leaves)
-    kept = [v for v in pytree.tree_leaves(lanes_at(state, torch.tensor([2]))) if isinstance(v, torch.Tensor) and v.ndim]
+    kept = [v for v in tree.flatten(lanes_at(state, torch.tensor([2]))).values() if v.ndim]
     assert all(torch.equal(a[0], b[2]) for a, b in zip(kept, leaves, strict=True))
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
-from torch.utils import _pytree as pytree
 
 from qleak import random, tree
 from qleak.attacks import adam, cells, dlg, idlg, lbfgs, routes, sign_adam, structured
@@ -36,7 +35,7 @@ def view_of(spec, channel=None, lanes=3, batch=1, function="sigmoid"):
                 0
             ][-1]
         )
-    return View(model, params, {}, channel, client, pytree.tree_map(lambda *t: torch.stack(t), *sent))
+    return View(model, params, {}, channel, client, tree.nested_map(lambda *t: torch.stack(t), *sent))
 
 
 def plain_view(spec, lanes=3, batch=1, function="sigmoid"):

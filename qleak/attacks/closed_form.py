@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.func import jvp, vjp, vmap
+from torch.func import vjp, vmap
 
 from qleak import tree
 from qleak.attacks import labels
@@ -127,7 +127,7 @@ def solve(
         if layer.kind == "activation":
             act = ACTIVATIONS[layer.options["function"]]
             h = INVERSES[layer.options["function"]](_inside(layer.options["function"], h))
-            slope = jvp(act, (h,), (torch.ones_like(h),))[1]
+            slope = vjp(act, h)[1](torch.ones_like(h))[0]
             delta = delta * slope
         elif layer.kind == "flatten":
             h, delta, slope = h.reshape(before), delta.reshape(before), slope.reshape(before)

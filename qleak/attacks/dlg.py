@@ -10,7 +10,9 @@ from qleak.types import Attack
 
 
 @factory
-def dlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0) -> Attack:
+def dlg(
+    outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0, tolerance: float = 1e-9
+) -> Attack:
     """Deep leakage from gradients: image and soft label together, Σ‖g′ − g‖², L-BFGS without line search.
 
     Zhu, Liu, Han (NeurIPS 2019), Algorithm 1, with their code's setting: standard normal start,
@@ -23,15 +25,22 @@ def dlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, 
         lr: step length.
         history: pairs of L-BFGS.
         patience: freeze a lane after so many closures without 1 % improvement; 0 never does.
+        tolerance: a lane whose loss changes by less for 20 closures on end has converged (their optimizer
+            ends an outer iteration at the first such change, and then hardly moves).
     """
     whole(outer=outer, inner=inner, patience=patience)
+    at_least(0, patience=patience, tolerance=tolerance)
     at_least(1, outer=outer, inner=inner)
-    settings = Settings("l2", lbfgs(history, False, lr), "joint", steps=(outer * inner,), patience=patience)
+    settings = Settings(
+        "l2", lbfgs(history, False, lr), "joint", steps=(outer * inner,), patience=patience, tolerance=tolerance
+    )
     return matching(settings, ("Zhu, Liu, Han. Deep Leakage from Gradients. NeurIPS 2019.",))
 
 
 @factory
-def idlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0) -> Attack:
+def idlg(
+    outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100, patience: int = 0, tolerance: float = 1e-9
+) -> Attack:
     """Improved DLG: the label by the sign of the last layer's gradient first, then `dlg` with it fixed.
 
     Zhao, Mopuri, Bilen (2020), with their code's setting (that of `dlg`).
@@ -42,8 +51,11 @@ def idlg(outer: int = 300, inner: int = 20, lr: float = 1.0, history: int = 100,
         lr: step length.
         history: pairs of L-BFGS.
         patience: freeze a lane after so many closures without 1 % improvement; 0 never does.
+        tolerance: a lane whose loss changes by less for 20 closures on end has converged (their optimizer
+            ends an outer iteration at the first such change, and then hardly moves).
     """
     whole(outer=outer, inner=inner, patience=patience)
+    at_least(0, patience=patience, tolerance=tolerance)
     at_least(1, outer=outer, inner=inner)
-    settings = Settings("l2", lbfgs(history, False, lr), steps=(outer * inner,), patience=patience)
+    settings = Settings("l2", lbfgs(history, False, lr), steps=(outer * inner,), patience=patience, tolerance=tolerance)
     return matching(settings, ("Zhao, Mopuri, Bilen. iDLG: Improved Deep Leakage from Gradients. 2020.",))

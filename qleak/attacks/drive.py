@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from qleak import tree
 from qleak.client import View
 from qleak.types import Attack, Guess, Status, Tree
 
@@ -23,7 +23,7 @@ class Progress(NamedTuple):
 
 def lanes_at(state: Any, lanes: Tensor) -> Any:
     """Every tensor of a state indexed by lane; 0-dim tensors (shared counters) stay."""
-    return pytree.tree_map(lambda v: v[lanes] if isinstance(v, Tensor) and v.ndim else v, state)
+    return tree.nested_map(lambda v: v[lanes] if v.ndim else v, state)
 
 
 def drive(

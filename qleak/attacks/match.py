@@ -50,6 +50,8 @@ class MatchState(NamedTuple):
     best_x: Tensor
     best_loss: Tensor
     best_evidence: Tensor
+    last_loss: Tensor
+    still: Tensor
     mark_loss: Tensor
     mark_since: Tensor
     status: Tensor
@@ -70,6 +72,7 @@ class Settings:
         relative: divide the evidence by ‖decoded‖², so that weights mean the same on every net.
         box: weight of the penalty on pixels outside [0, 1], times the prior weight or 1.
         patience: closures without 1 % improvement after which a lane counts as converged; 0 never.
+        tolerance: a lane whose loss changes by less than this for 20 closures on end has converged; 0 never.
         gain: a stage that lowers the evidence by less than this share is the last one.
     """
 
@@ -84,6 +87,7 @@ class Settings:
     box: float = 0.0
     start: str = "normal"
     patience: int = 0
+    tolerance: float = 0.0
     gain: float = 0.0
     route: str = "auto"
 
@@ -188,6 +192,8 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         # A line search recovers from a broken trial by itself; an accepted one is lost.
         lost = broken & ~x.isfinite().all(-1)
         state = state._replace(status=torch.where(lost, Status.DIVERGED, state.status))
+        still = torch.where((loss - state.last_loss).abs() < settings.tolerance, state.still + 1, 0)
+        state = state._replace(last_loss=loss, still=still)
         state = _advance(settings, view, state)
         return state, Info(state.best_loss, state.status)
 
@@ -241,6 +247,8 @@ def _prior(images: Tensor, weight: Tensor, box: float) -> tuple[Tensor, Tensor]:
 
 def _advance(settings: Settings, view: View, state: MatchState) -> MatchState:
     """Ends stages that are over, and lanes that are done."""
+    active = state.status == Status.ACTIVE
+    state = state._replace(status=torch.where(active & (state.still >= 20), Status.CONVERGED, state.status))
     if settings.patience:
         improved = state.best_loss < 0.99 * state.mark_loss
         state = state._replace(

@@ -1,0 +1,59 @@
+"""Law 7: what a recipe's docstring claims, compared with what its run says. `just verify`.
+
+A claim is a line `CHANNEL ATTACK FIELD >= NUMBER` (or `<=`) under "Claims:" in the docstring; the fields are
+those of run.json's summary for the runs without control. Runs are made, or resumed, under runs/.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from qleak.cli import recipes
+
+LINE = re.compile(r"^\s*(.+?) +(\w+) +(\w+) +(>=|<=) +([\d.]+)$", re.M)
+
+
+def claims(doc: str) -> list[tuple[str, str, str, str, float]]:
+    """(channel, attack, field, relation, number) of every claim in a docstring."""
+    _, _, text = doc.partition("Claims:")
+    return [(c, a, f, r, float(n)) for c, a, f, r, n in LINE.findall(text)]
+
+
+def check(claim: tuple[str, str, str, str, float], summary: list[dict]) -> tuple[bool, float]:
+    """Whether the summary bears the claim out, and the number it has."""
+    channel, attack, field, relation, number = claim
+    found = [
+        s[field]
+        for s in summary
+        if (s["channel"], s["control"]) == (channel, "none") and s["attack"].split("(")[0] == attack
+    ]
+    if not found:
+        return False, float("nan")
+    return (found[0] >= number if relation == ">=" else found[0] <= number), found[0]
+
+
+def main() -> int:
+    """Runs every recipe that makes claims (or the ones named) and prints a line per claim."""
+    failed = 0
+    for name in sys.argv[1:] or recipes.names():
+        wanted = claims(recipes.docstring(recipes.path_of(name)))
+        if not wanted:
+            continue
+        done = subprocess.run(
+            ["qleak", "recipe", "run", name, "--json", "--out", "runs"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        summary = json.loads(done.stdout)["summary"]
+        for claim in wanted:
+            holds, value = check(claim, summary)
+            failed += not holds
+            print(f"{'holds' if holds else 'FAILS'}  {name}: {' '.join(map(str, claim))}  (measured {value:.4g})")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    assert Path("recipes").is_dir(), "run me from the repository"
+    sys.exit(main())

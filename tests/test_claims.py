@@ -1,0 +1,39 @@
+"""Law 7: claims can be read from docstrings, and a claim that does not hold is seen."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from qleak.cli import recipes
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def verify():
+    spec = importlib.util.spec_from_file_location("verify", ROOT / "scripts" / "verify.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SUMMARY = [
+    {"channel": "uniform(bits=8)", "attack": "refine", "control": "none", "psnr_selected": 50.0},
+    {"channel": "uniform(bits=8)", "attack": "refine", "control": "prior-only", "psnr_selected": 9.0},
+    {"channel": "fp32", "attack": "dlg(outer=20)", "control": "none", "psnr_selected": 5.0},
+]
+
+
+def test_claims_are_read_and_checked(verify):
+    doc = "Says much.\n\nClaims:\n    uniform(bits=8) refine psnr_selected >= 45\n    fp32 dlg psnr_selected <= 4\n"
+    first, second = verify.claims(doc)
+    assert first == ("uniform(bits=8)", "refine", "psnr_selected", ">=", 45.0)
+    assert verify.check(first, SUMMARY) == (True, 50.0)
+    assert verify.check(second, SUMMARY) == (False, 5.0)
+    assert not verify.check(("fp32", "absent", "psnr_selected", ">=", 0.0), SUMMARY)[0]
+
+
+def test_every_shipped_recipe_makes_claims(verify):
+    for name in recipes.names():
+        assert verify.claims(recipes.docstring(recipes.path_of(name))), name
