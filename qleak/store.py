@@ -12,18 +12,18 @@ opening. Save the tensors of a key before its row, so that a finished row always
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
-from qleak.errors import Expected, Failed
+from qleak import disk
+from qleak.errors import Expected
 
 if TYPE_CHECKING:  # torch is imported where tensors are, so that listing runs stays quick
     from torch import Tensor
@@ -32,10 +32,6 @@ Row = dict[str, Any]
 
 SCHEMA = 1
 KINDS = ("audit", "training", "synthesis", "study")
-
-# POSIX locks end with their process and are not inherited by forked workers, which could outlive a
-# killed writer. The price: they do not keep the process that holds one from taking it again.
-_HELD: set[Path] = set()
 
 
 class Run:
@@ -51,9 +47,9 @@ class Run:
     def __init__(self, folder: Path, header: dict[str, Any], fresh: bool) -> None:
         self.folder = folder
         with ExitStack() as stack:
-            stack.enter_context(_locked(folder))
+            stack.enter_context(disk.locked(folder))
             if fresh:
-                _clear(folder)
+                disk.clear(folder)
             self.resumed = (folder / "run.json").exists()
             self.header: dict[str, Any] = read_run(folder) if self.resumed else {"schema": SCHEMA}
             self._rows, self._end, self.warning = _parse(folder / "rows.jsonl")
@@ -66,12 +62,12 @@ class Run:
                 )
             if not self.resumed:
                 self.update(**header)
-            with _disk(folder):
+            with disk.disk(folder):
                 self._file = os.open(folder / "rows.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
                 stack.callback(os.close, self._file)
                 os.ftruncate(self._file, self._end)
                 (folder / "tensors").mkdir(exist_ok=True)
-                _sync(folder)
+                disk.sync(folder)
             self._open = stack.pop_all()
 
     def __enter__(self) -> Run:
@@ -109,9 +105,9 @@ class Run:
             return
         lines = [_dumps(row) + "\n" for row in new.values()]
         data = "".join(lines).encode()
-        with _disk(self.folder / "rows.jsonl"):
+        with disk.disk(self.folder / "rows.jsonl"):
             os.ftruncate(self._file, self._end)  # what an append that failed half-way left behind
-            _write(self._file, data)
+            disk.write(self._file, data)
         self._end += len(data)
         # Read back, so that a resumed run and an uninterrupted one work with the same rows.
         self._rows.update(zip(new, map(json.loads, lines), strict=True))
@@ -126,7 +122,7 @@ class Run:
         import torch
 
         whole = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-        _replace(_tensors(self.folder, key), safetensors.torch.save(whole))
+        disk.replace(_tensors(self.folder, key), safetensors.torch.save(whole))
 
     def has(self, key: str) -> bool:
         """Whether tensors are saved under `key`."""
@@ -143,7 +139,7 @@ class Run:
             Failed: the disk refused; run.json is as it was.
         """
         text = _dumps(self.header | fields, indent=1)
-        _replace(self.folder / "run.json", (text + "\n").encode())
+        disk.replace(self.folder / "run.json", (text + "\n").encode())
         self.header = json.loads(text)
 
 
@@ -164,7 +160,7 @@ def open_run(folder: Path, header: dict[str, Any], fresh: bool = False) -> Run:
         raise Expected(f"Expected kind={header.get('kind')!r} to be one of: {', '.join(KINDS)}.")
     if not isinstance(header.get("plan_id"), str):
         raise Expected(f"Expected a header with a plan_id of type str, got plan_id={header.get('plan_id')!r}.")
-    with _disk(folder):
+    with disk.disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
     return Run(folder, header, fresh)
 
@@ -176,7 +172,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         Expected: there is no run, its run.json is damaged, or a newer qleak wrote it.
     """
     path = folder / "run.json"
-    data = _read(path)
+    data = disk.read(path)
     if data is None:
         raise Expected(f"Expected a run folder with a run.json at {folder}, found none.")
     header = _object(data)
@@ -205,7 +201,7 @@ def read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
     import safetensors.torch
 
     path = _tensors(folder, key)
-    data = _read(path)
+    data = disk.read(path)
     if data is None:
         raise Expected(f"Expected tensors of {key!r} at {path}, found none.")
     try:
@@ -225,7 +221,7 @@ def _tensors(folder: Path, key: str) -> Path:
 
 def _parse(path: Path) -> tuple[dict[str, Row], int, str]:
     """Rows by key, the length in bytes of the complete lines, and a warning if something follows them."""
-    data = _read(path) or b""
+    data = disk.read(path) or b""
     rows: dict[str, Row] = {}
     end = 0
     for number, line in enumerate(io.BytesIO(data), start=1):
@@ -263,83 +259,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def _read(path: Path) -> bytes | None:
-    """The file's content, None if there is no such file."""
-    with _disk(path):
-        return path.read_bytes() if path.is_file() else None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or what was there before. One writer at a time, so one temporary name."""
-    part = path.with_name(f".{path.name}.part")
-    with _disk(path):
-        file = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        try:
-            _write(file, data)
-        finally:
-            os.close(file)
-        part.replace(path)
-        _sync(path.parent)
-
-
-def _write(file: int, data: bytes) -> None:
-    """One write (a full disk may take less at a time, and says so the next time), then fsync."""
-    view = memoryview(data)
-    while view:
-        view = view[os.write(file, view) :]
-    os.fsync(file)
-
-
-def _sync(folder: Path) -> None:
-    """Makes new names in `folder` durable."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
-def _clear(folder: Path) -> None:
-    """Removes a run; run.json goes last, so that rows never stand without the plan they belong to."""
-    with _disk(folder):
-        (folder / "rows.jsonl").unlink(missing_ok=True)
-        for path in (folder / "tensors").glob("*.safetensors*"):
-            path.unlink()
-        _sync(folder)
-        (folder / "run.json").unlink(missing_ok=True)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    path = folder.resolve() / ".lock"
-    busy = f"is writing {folder}: wait for it, or choose another --out or --name."
-    if path in _HELD:
-        raise Failed(f"Expected to be the only writer, but this process (pid {os.getpid()}) {busy}")
-    with ExitStack() as stack:
-        with _disk(path):
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            stack.callback(os.close, file)
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                pid = os.read(file, 20).decode() or "unknown"
-                raise Failed(f"Expected to be the only writer, but another process (pid {pid}) {busy}") from None
-            os.ftruncate(file, 0)
-            os.write(file, str(os.getpid()).encode())
-        _HELD.add(path)
-        stack.callback(_HELD.discard, path)
-        yield
-
-
-@contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """Turns an OSError into one line for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise Failed(
-            f"Expected to read and write {path}, got {error.strerror or error}: "
-            "mend that or choose another --out; what was reported as done is kept."
-        ) from error

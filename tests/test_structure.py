@@ -17,6 +17,7 @@ RANKS = [
     {"client", "accounting"},
     {"attacks", "train"},
     {"bounds", "synth"},
+    {"disk"},
     {"plans", "store"},
     {"jobs", "scoring", "pool", "engine", "machine"},
     {"report", "adapters"},
@@ -86,6 +87,6 @@ def test_every_vmap_forbids_hidden_randomness():
 
 def test_modules_stay_readable():
     long = {
-        str(p.relative_to(PACKAGE)): n for p in MODULES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 320
+        str(p.relative_to(PACKAGE)): n for p in MODULES if (n := len(p.read_text(encoding="utf-8").splitlines())) > 300
     }
     assert not long

@@ -131,22 +131,10 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         goal = objectives.goal(view, settings.objective)
         size = vmap(tree.dot)(decoded, decoded).clamp(min=1e-30) if settings.relative else lane + 1
         return MatchState(
-            x,
-            settings.optimizer.init(x),
-            goal,
-            size,
-            unit,
-            known,
-            count,
-            count.clone(),
-            inf,
-            x,
-            inf,
-            inf,
-            inf,
-            count.clone(),
-            status,
-        )
+            x=x, optimizer=settings.optimizer.init(x), goal=goal, size=size, unit=unit, labels=known, stage=count,
+            since=count.clone(), evidence=inf, best_x=x, best_loss=inf, best_evidence=inf, last_loss=inf,
+            still=count.clone(), mark_loss=inf, mark_since=count.clone(), status=status,
+        )  # fmt: skip
 
     def given(view: View) -> str:
         known = settings.labels == "errors" and view.client.batch == 1 and not view.client.rows

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 from torch.func import vmap
 
 from qleak import random, tree
-from qleak.channels import reading
+from qleak.channels import legs
 from qleak.check import Expected
 from qleak.types import Belief, Facts, Message, Stage, Tree
 
@@ -122,7 +122,7 @@ class Channel:
         for i, leg in enumerate(self.legs):
             if leg.join:
                 x = leg.join.send({}, x, {}, ())[0]
-            one_row = functools.partial(_send_leg, leg.stages, like)
+            one_row = functools.partial(legs.send_leg, leg.stages, like)
             lead = next(iter(x.values())).shape[: self.depth(i)]
             if 0 in lead:  # an empty batch: nothing is sent, and the join behind it sums to zero
                 messages.append(Message({}, ()))
@@ -137,7 +137,7 @@ class Channel:
     def receive(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> Tree:
         """The server's dense numbers from one leg's message (row axes kept)."""
         i = leg % len(self.legs)
-        decode = functools.partial(_receive_leg, self.legs[i].stages, like)
+        decode = functools.partial(legs.receive_leg, self.legs[i].stages, like)
         return _mapped(decode, self.depth(i), (None, 0))(knobs[i], message)
 
     def bits(self, message: Message, like: Tree, leg: int = -1) -> float:
@@ -180,7 +180,7 @@ class Channel:
             raise Expected(
                 f"Expected a leg of select and code stages only, got {[s.name for s in self.legs[i].stages]}."
             )
-        return _mapped(lambda k, m: _cell_leg(self.legs[i].stages, like, k, m), self.depth(i), (None, 0))(
+        return _mapped(lambda k, m: legs.cell_leg(self.legs[i].stages, like, k, m), self.depth(i), (None, 0))(
             knobs[i], message
         )
 
@@ -197,10 +197,10 @@ class Channel:
             if before.join:
                 belief = before.join.push({}, belief, None)
             if j < i:
-                push = functools.partial(_push_leg, before.stages, like)
+                push = functools.partial(legs.push_leg, before.stages, like)
                 belief = _mapped(push, self.depth(j), (None, 0))(knobs[j], belief)
         law = self.law(leg, like).law
-        read = functools.partial(_read_leg, self.legs[i].stages, like, law)
+        read = functools.partial(legs.read_leg, self.legs[i].stages, like, law)
         return _mapped(read, self.depth(i), (None, 0, 0))(knobs[i], message, belief).sum()
 
 
@@ -245,83 +245,3 @@ def _closed(facts: Facts, leg: Leg) -> Facts:
     """A later leg sees numbers again (32 bits), and reads an earlier leg's selection or code by moments only."""
     coded = any(s.kind in ("select", "code") for s in leg.stages)
     return replace(facts, width=32.0, exact=facts.exact and not coded, law="mixed" if coded else facts.law)
-
-
-def _send_leg(
-    stages: Sequence[Stage], like: Tree, knobs: Any, x: Tree, noise: Any, state: Any
-) -> tuple[Message, Any, Tree]:
-    likes, sides, states = [], [], []
-    shape = like
-    for stage, knob, eps, memory in zip(stages, knobs, noise, state, strict=True):
-        if stage.noise and any(eps[k].shape != x[k].shape for k in x):
-            raise Expected(
-                f"Expected noise of the shapes of {stage.name}'s input, got {[tuple(e.shape) for e in eps.values()]}."
-            )
-        likes.append(shape)
-        x, side, memory = stage.send(knob, x, eps, memory)
-        sides.append(side)
-        states.append(memory)
-        shape = stage.shape(shape)
-    message = Message(x, tuple(sides))
-    return message, tuple(states), _decode(stages, likes, knobs, message)
-
-
-def _likes(stages: Sequence[Stage], like: Tree) -> list[Tree]:
-    likes = [like]
-    for stage in stages:
-        likes.append(stage.shape(likes[-1]))
-    return likes
-
-
-def _receive_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> Tree:
-    return _decode(stages, _likes(stages, like), knobs, message)
-
-
-def _decode(stages: Sequence[Stage], likes: Sequence[Tree], knobs: Any, message: Message) -> Tree:
-    """Undoes select and code stages; what a value stage did (clip, scale, noise) stays done."""
-    x = message.code
-    for stage, like, knob, side in reversed(list(zip(stages, likes, knobs, message.side, strict=False))):
-        if stage.kind != "value":
-            x = stage.receive(knob, x, side, like)
-    return x
-
-
-def _push_leg(stages: Sequence[Stage], like: Tree, knobs: Any, belief: Belief) -> Belief:
-    """Through a leg the attacker does not see: every stage in dense coordinates, by its moments."""
-    for stage, knob in zip(stages, knobs, strict=True):
-        belief = stage.push(knob, belief, None)
-    return belief
-
-
-def _cell_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> tuple[Tree, Tree]:
-    likes = _likes(stages, like)
-    lo = hi = message.code
-    for stage, before, knob, side in reversed(list(zip(stages, likes, knobs, message.side, strict=False))):
-        assert stage.cell is not None, stage.name
-        lo, hi = (
-            stage.cell(knob, (lo, hi), side, before) if stage.kind == "select" else stage.cell(knob, lo, side, before)
-        )
-    return lo, hi
-
-
-def _read_leg(stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message: Message, belief: Belief) -> Tensor:
-    likes = _likes(stages, like)
-    code = stages[-1] if stages and stages[-1].kind == "code" else None
-    misfit, kept = [], (message.code, message.code)
-    if code:
-        assert code.read is not None and code.cell is not None, code.name
-        if any(s.kind == "select" for s in stages):
-            kept = code.cell(knobs[-1], message.code, message.side[-1], likes[-2])
-    for stage, knob, side in zip(stages, knobs, message.side, strict=True):
-        if stage is code:
-            break
-        if stage.kind == "select":
-            assert stage.dropped is not None, stage.name
-            misfit.append(stage.dropped(side, belief, kept, law))
-        belief = stage.push(knob, belief, side)
-    if code:
-        assert code.read is not None
-        misfit.append(code.read(knobs[-1], message.code, message.side[-1], belief, law))
-    else:
-        misfit.append({k: reading.density(m, message.code[k], belief.var.get(k), law) for k, m in belief.mean.items()})
-    return torch.stack([v.sum() for t in misfit for v in t.values()]).sum()

@@ -1,0 +1,98 @@
+"""One leg on one row: sent, decoded, bounded, pushed through, read. `channel.py` maps these over rows and legs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qleak.channels import reading
+from qleak.check import Expected
+from qleak.types import Belief, Message, Stage, Tree
+
+
+def send_leg(
+    stages: Sequence[Stage], like: Tree, knobs: Any, x: Tree, noise: Any, state: Any
+) -> tuple[Message, Any, Tree]:
+    """(message, state, what a next leg starts from) of one row."""
+    likes, sides, states = [], [], []
+    shape = like
+    for stage, knob, eps, memory in zip(stages, knobs, noise, state, strict=True):
+        if stage.noise and any(eps[k].shape != x[k].shape for k in x):
+            raise Expected(
+                f"Expected noise of the shapes of {stage.name}'s input, got {[tuple(e.shape) for e in eps.values()]}."
+            )
+        likes.append(shape)
+        x, side, memory = stage.send(knob, x, eps, memory)
+        sides.append(side)
+        states.append(memory)
+        shape = stage.shape(shape)
+    message = Message(x, tuple(sides))
+    return message, tuple(states), decode(stages, likes, knobs, message)
+
+
+def likes_of(stages: Sequence[Stage], like: Tree) -> list[Tree]:
+    """The `like` in front of every stage, and behind the last."""
+    likes = [like]
+    for stage in stages:
+        likes.append(stage.shape(likes[-1]))
+    return likes
+
+
+def receive_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> Tree:
+    """The server's dense numbers."""
+    return decode(stages, likes_of(stages, like), knobs, message)
+
+
+def decode(stages: Sequence[Stage], likes: Sequence[Tree], knobs: Any, message: Message) -> Tree:
+    """Undoes select and code stages; what a value stage did (clip, scale, noise) stays done."""
+    x = message.code
+    for stage, like, knob, side in reversed(list(zip(stages, likes, knobs, message.side, strict=False))):
+        if stage.kind != "value":
+            x = stage.receive(knob, x, side, like)
+    return x
+
+
+def push_leg(stages: Sequence[Stage], like: Tree, knobs: Any, belief: Belief) -> Belief:
+    """Through a leg the attacker does not see: every stage in dense coordinates, by its moments."""
+    for stage, knob in zip(stages, knobs, strict=True):
+        belief = stage.push(knob, belief, None)
+    return belief
+
+
+def cell_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> tuple[Tree, Tree]:
+    """Bounds on the value in front of a leg of select and code stages."""
+    likes = likes_of(stages, like)
+    lo = hi = message.code
+    for stage, before, knob, side in reversed(list(zip(stages, likes, knobs, message.side, strict=False))):
+        assert stage.cell is not None, stage.name
+        lo, hi = (
+            stage.cell(knob, (lo, hi), side, before) if stage.kind == "select" else stage.cell(knob, lo, side, before)
+        )
+    return lo, hi
+
+
+def read_leg(stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message: Message, belief: Belief) -> Tensor:
+    """Negative log-likelihood of the message, summed: what is dropped, then the last code (or the numbers themselves)."""
+    likes = likes_of(stages, like)
+    code = stages[-1] if stages and stages[-1].kind == "code" else None
+    misfit, kept = [], (message.code, message.code)
+    if code:
+        assert code.read is not None and code.cell is not None, code.name
+        if any(s.kind == "select" for s in stages):
+            kept = code.cell(knobs[-1], message.code, message.side[-1], likes[-2])
+    for stage, knob, side in zip(stages, knobs, message.side, strict=True):
+        if stage is code:
+            break
+        if stage.kind == "select":
+            assert stage.dropped is not None, stage.name
+            misfit.append(stage.dropped(side, belief, kept, law))
+        belief = stage.push(knob, belief, side)
+    if code:
+        assert code.read is not None
+        misfit.append(code.read(knobs[-1], message.code, message.side[-1], belief, law))
+    else:
+        misfit.append({k: reading.density(m, message.code[k], belief.var.get(k), law) for k, m in belief.mean.items()})
+    return torch.stack([v.sum() for t in misfit for v in t.values()]).sum()
