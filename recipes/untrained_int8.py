@@ -1,7 +1,15 @@
-"""What an int8 gradient of an untrained colour LeNet leaks. (claim to be measured)
+"""An int8 gradient of an untrained colour LeNet gives its photograph back, to an attacker who reads codes as cells.
 
-System 1 and 2 in the setting of the first paper: the sigmoid LeNet with weights U(−0.5, 0.5), one 32×32
-photograph. The first photograph is attacked from many starts, the others from a few.
+Systems 1 and 2 in the setting of the first paper: the sigmoid LeNet with weights U(−0.5, 0.5), one 32×32
+photograph. The first photograph is attacked from 16 starts, the others from two. With the exact gradient `cells`
+succeeds from every start, and `closed_form` needs none.
+
+Claims:
+    fp32 cells success_rate >= 1.0
+    fp32 closed_form psnr_selected >= 90
+    uniform(bits=8) refine psnr_selected >= 30
+    uniform(bits=8) cells psnr_selected >= 28
+    uniform(bits=8) dlg psnr_selected <= 22
 """
 
 from qleak.attacks import cells, closed_form, dlg, idlg, refine
