@@ -133,7 +133,8 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     store.update(refused=refused)
     done: dict[str, Done] = {c.key: _load(store, c) for c in chunks if store.has(f"chunk-{c.key}")}
     written = store.done()
-    waiting = [c for c in chunks if c.key not in done]
+    # The strongest attacks stand last in a plan and take longest: started first, they leave no worker idle.
+    waiting = [c for c in reversed(chunks) if c.key not in done]
     todo = [job_of(plan, prepared, c, device) for c in waiting]
     rows: list[dict[str, Any]] = store.rows()
 

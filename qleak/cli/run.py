@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import re
 import sys
 import tomllib
 from collections.abc import Callable
 from dataclasses import fields, replace
 from datetime import datetime
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -59,11 +61,20 @@ COMMON: dict[str, tuple[Any, Any]] = {
 
 def run_recipe(name: str, argv: list[str]) -> None:
     """Builds a command from the recipe's signature and runs it on `argv`."""
+    if not {"--help", "--dry-run", "--config"} & set(argv) and "--workers" not in " ".join(argv):
+        _warm_up()
     fn, path = recipes.load(name)
     preset = _config(argv, fn)
     command = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     command.command(path.stem)(_as_command(fn, preset, lambda own, common: execute(fn, name, own, common)))
     command(argv, prog_name=f"qleak recipe run {name}")
+
+
+def _warm_up() -> None:
+    """Lets the server that workers are forked from import torch while this process does the same."""
+    if sys.platform == "linux":
+        multiprocessing.get_context("forkserver").set_forkserver_preload(["qleak.jobs"])
+        forkserver.ensure_running()
 
 
 def _as_command(fn: Callable[..., Audit], preset: dict[str, Any], body: Callable[..., None]) -> Callable[..., None]:
@@ -178,12 +189,16 @@ def execute(fn: Callable[..., Audit], name: str, own: dict[str, Any], common: Co
         except BaseException as error:
             run.update(status="failed", error=f"{type(error).__name__}: {error}")
             raise
-    page = html.write(folder, folder / "report.html")
-    if common.json:
-        print((folder / "run.json").read_text(encoding="utf-8"))
-    else:
-        terminal.show(folder, quiet=common.quiet, verbose=common.verbose)
-        say.note(f"{folder}/  run.json  rows.jsonl  tensors/  {page.name}")
+    try:
+        page = html.write(folder, folder / "report.html")
+        if common.json:
+            print((folder / "run.json").read_text(encoding="utf-8"))
+        else:
+            terminal.show(folder, quiet=common.quiet, verbose=common.verbose)
+            say.note(f"{folder}/  run.json  rows.jsonl  tensors/  {page.name}")
+    except KeyboardInterrupt:
+        print(f"qleak: interrupted; the run is done, `qleak report {folder}` shows it.", file=sys.stderr)
+        raise typer.Exit(130) from None
     _gate(store.read_run(folder), common.fail_above)
 
 
