@@ -28,13 +28,8 @@ def dlg(
         tolerance: a lane whose loss changes by less for 20 closures on end has converged (their optimizer
             ends an outer iteration at the first such change, and then hardly moves).
     """
-    whole(outer=outer, inner=inner, patience=patience)
-    at_least(0, patience=patience, tolerance=tolerance)
-    at_least(1, outer=outer, inner=inner)
-    settings = Settings(
-        "l2", lbfgs(history, False, lr), "joint", steps=(outer * inner,), patience=patience, tolerance=tolerance
-    )
-    return matching(settings, ("Zhu, Liu, Han. Deep Leakage from Gradients. NeurIPS 2019.",))
+    papers = ("Zhu, Liu, Han. Deep Leakage from Gradients. NeurIPS 2019.",)
+    return matching(_settings("joint", outer, inner, lr, history, patience, tolerance), papers)
 
 
 @factory
@@ -54,8 +49,16 @@ def idlg(
         tolerance: a lane whose loss changes by less for 20 closures on end has converged (their optimizer
             ends an outer iteration at the first such change, and then hardly moves).
     """
+    papers = ("Zhao, Mopuri, Bilen. iDLG: Improved Deep Leakage from Gradients. 2020.",)
+    return matching(_settings("inferred", outer, inner, lr, history, patience, tolerance), papers)
+
+
+def _settings(
+    labels: str, outer: int, inner: int, lr: float, history: int, patience: int, tolerance: float
+) -> Settings:
+    """Both attacks are one but for the way to the labels."""
     whole(outer=outer, inner=inner, patience=patience)
     at_least(0, patience=patience, tolerance=tolerance)
     at_least(1, outer=outer, inner=inner)
-    settings = Settings("l2", lbfgs(history, False, lr), steps=(outer * inner,), patience=patience, tolerance=tolerance)
-    return matching(settings, ("Zhao, Mopuri, Bilen. iDLG: Improved Deep Leakage from Gradients. 2020.",))
+    optimizer = lbfgs(history, armijo=False, lr=lr)
+    return Settings("l2", optimizer, labels, steps=(outer * inner,), patience=patience, tolerance=tolerance)
