@@ -29,6 +29,11 @@ class Job(NamedTuple):
     message: Message
     device: str
 
+    @property
+    def key(self) -> str:
+        """The chunk's key."""
+        return self.chunk.key
+
 
 class Done(NamedTuple):
     """The result of a job. `curve` is `[point, lane]`: own loss at `curve_at` closures."""
@@ -44,7 +49,8 @@ class Done(NamedTuple):
 
 def view_of(job: Job, plan: Audit | None = None) -> View:
     """The attacker's view of a job."""
-    plan = plan or from_json(job.plan)
+    plan = plan if plan is not None else from_json(job.plan)
+    assert plan is not None
     dtype = getattr(torch, plan.dtype)
     place = torch.device(job.device)
     move: Callable[[Tree], Tree] = lambda t: tree.to(tree.to(t, place), dtype)  # noqa: E731

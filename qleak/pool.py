@@ -9,15 +9,15 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from qleak import jobs
-from qleak.attacks.drive import Progress
 from qleak.check import Failed
-from qleak.jobs import Done, Job
+
+Runner = Callable[[Any], Iterator[Any]]
+"""`runner(job)` yields progress and, last, the job's result; a module-level function, so that it can be sent."""
 
 _progress: Any = None
 
@@ -39,34 +39,39 @@ def _start(channel: Any, parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _work(job: Job) -> Done:
-    for event in jobs.events(job):
-        if isinstance(event, Done):
-            return event
-        _progress.put((job.chunk.key, event))
-    raise AssertionError("a job ends with its result")
+def _work(runner: Runner, job: Any) -> Any:
+    events = runner(job)
+    last = next(events)
+    for event in events:
+        _progress.put((job.key, last))
+        last = event
+    return last
 
 
-def results(todo: list[Job], workers: int) -> Iterator[tuple[str, Progress | Done]]:
-    """(chunk key, progress or result) of every job. Stopping the iteration stops the workers.
+def results(todo: Sequence[Any], runner: Runner, workers: int) -> Iterator[tuple[str, Any]]:
+    """(key of the job, progress or result) of every job, in this process or over worker processes.
+
+    Stopping the iteration stops the workers. Jobs have a `key`.
 
     Raises:
         Failed: a worker died (for example by the kernel, out of memory).
     """
+    if workers <= 1 or len(todo) <= 1:
+        yield from ((job.key, event) for job in todo for event in runner(job))
+        return
     method = "forkserver" if sys.platform == "linux" else "spawn"
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["qleak.jobs"])  # torch is imported once, not per worker
     channel = context.Queue()
-    executor = ProcessPoolExecutor(workers, context, _start, (channel, os.getpid()))
+    executor = ProcessPoolExecutor(min(workers, len(todo)), context, _start, (channel, os.getpid()))
     try:
-        waiting: set[Future[Done]] = {executor.submit(_work, job) for job in todo}
+        waiting: dict[Future[Any], str] = {executor.submit(_work, runner, job): job.key for job in todo}
         while waiting:
-            finished, waiting = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
+            finished, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             yield from _drain(channel)
             for future in finished:
-                done = future.result()
-                yield done.key, done
+                yield waiting.pop(future), future.result()
     except BrokenProcessPool:
         raise Failed("A worker process died, probably out of memory. Run the same command with --workers 1.") from None
     finally:
@@ -77,7 +82,7 @@ def results(todo: list[Job], workers: int) -> Iterator[tuple[str, Progress | Don
         channel.cancel_join_thread()
 
 
-def _drain(channel: Any) -> Iterator[tuple[str, Progress]]:
+def _drain(channel: Any) -> Iterator[tuple[str, Any]]:
     while True:
         try:
             yield channel.get_nowait()

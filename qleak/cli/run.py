@@ -19,7 +19,7 @@ import typer
 
 from qleak.cli import live, recipes
 from qleak.errors import Expected, Failed, did_you_mean
-from qleak.plans import Audit
+from qleak.plans import KINDS, Plan
 
 
 class Common(NamedTuple):
@@ -77,7 +77,7 @@ def _warm_up() -> None:
         forkserver.ensure_running()
 
 
-def _as_command(fn: Callable[..., Audit], preset: dict[str, Any], body: Callable[..., None]) -> Callable[..., None]:
+def _as_command(fn: Callable[..., Plan], preset: dict[str, Any], body: Callable[..., None]) -> Callable[..., None]:
     own = inspect.signature(fn, eval_str=True).parameters
     helps = _argument_help(inspect.getdoc(fn) or "")
     parameters = []
@@ -109,7 +109,7 @@ def _argument_help(doc: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found}
 
 
-def _config(argv: list[str], fn: Callable[..., Audit]) -> dict[str, Any]:
+def _config(argv: list[str], fn: Callable[..., Plan]) -> dict[str, Any]:
     """Values of `--config FILE`, checked against the recipe's flags. A run's run.json repeats that run."""
     given = [
         a.partition("=")[2] or (argv[i + 1 : i + 2] or [""])[0]
@@ -137,7 +137,7 @@ def _config(argv: list[str], fn: Callable[..., Audit]) -> dict[str, Any]:
     return {k: Path(v) if k == "out" else v for k, v in values.items()}
 
 
-def execute(fn: Callable[..., Audit], name: str, own: dict[str, Any], common: Common) -> None:
+def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Common) -> None:
     """Runs the plan that the flags make, or what is left of it, and shows the run folder.
 
     Raises:
@@ -148,7 +148,7 @@ def execute(fn: Callable[..., Audit], name: str, own: dict[str, Any], common: Co
 
     path = recipes.path_of(name)
     plan = fn(**own)
-    if not isinstance(plan, Audit):
+    if not isinstance(plan, tuple(KINDS.values())):
         raise Expected(f"Expected {path.stem}(…) to return a plan, got {type(plan).__name__}.")
     changes = {
         f.name: v
@@ -202,7 +202,7 @@ def execute(fn: Callable[..., Audit], name: str, own: dict[str, Any], common: Co
     _gate(store.read_run(folder), common.fail_above)
 
 
-def _folder(common: Common, recipe: str, plan: Audit) -> Path:
+def _folder(common: Common, recipe: str, plan: Plan) -> Path:
     """RECIPE-ID, so that the same command finds it again; with --name the newest unfinished NAME_… of this plan."""
     from qleak import store
 

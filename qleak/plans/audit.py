@@ -1,25 +1,19 @@
-"""Plans: everything that decides a result, as frozen dataclasses that print, serialise and have an id.
-
-Where it runs (device, workers, memory) is not part of a plan and never changes a number.
-"""
+"""The audit plan: what leaks from one update, for every channel × attack × victim × restart."""
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import ClassVar, NamedTuple
 
-from qleak.catalog import build, short
+from qleak.catalog import short
 from qleak.channels import Channel
 from qleak.check import Expected, at_least, between, positive, whole
 from qleak.client import gradient
+from qleak.plans.base import Written, label, ranges
 from qleak.types import Attack, Client, Model
 
-SCHEMA = 1
 CONTROLS = ("none", "prior-only", "wrong-gradient")
 
 
@@ -42,7 +36,7 @@ class Chunk(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Audit:
+class Audit(Written):
     """What leaks: every channel × attack × victim × restart, with its controls.
 
     Attributes:
@@ -75,7 +69,7 @@ class Audit:
     dtype: str = "float32"
     delta: float = 1e-5
 
-    kind = "audit"
+    kind: ClassVar[str] = "audit"
 
     def __post_init__(self) -> None:
         whole(seed=self.seed, model_seed=self.model_seed, controls=self.controls, chunk=self.chunk)
@@ -104,15 +98,18 @@ class Audit:
         """Channel names for tables, e.g. "fp32", "uniform(bits=8)"."""
         return [label(c.spec) for c in self.channels]
 
-    def as_json(self) -> dict[str, Any]:
-        """The plan as plain values; `from_json` is its inverse."""
-        return {"kind": self.kind, "schema": SCHEMA} | {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
-
-    @property
-    def id(self) -> str:
-        """Ten hex digits of the plan's content."""
-        text = json.dumps(self.as_json(), sort_keys=True, ensure_ascii=False)
-        return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+    def lines(self) -> dict[str, str]:
+        """The plan in words, for the terminal."""
+        lanes = sum(len(c.lanes) for c in self.chunks())
+        restarts = ranges(sorted(set(self.restart_counts())))
+        return {
+            "model": short(self.model.spec),
+            "data": f"{self.data} · images {ranges(self.victims)} · client {short(self.client.spec)}",
+            "channels": " · ".join(self.labels()),
+            "attacks": " · ".join(short(a.spec) for a in self.attacks),
+            "lanes": f"{lanes} in chunks of {self.chunk} (restarts {restarts}, controls included)",
+            "seeds": f"seed {self.seed} · weights {self.model_seed}",
+        }
 
     def chunks(self) -> list[Chunk]:
         """All lanes in chunks: per channel and attack first the lanes with evidence, then the prior-only ones."""
@@ -136,51 +133,3 @@ class Audit:
                 number = restarts if control == "none" else self.controls
                 for restart in range(number if random else min(number, 1)):
                     yield Lane(victim, restart, control)
-
-
-Plan = Audit
-
-
-def label(spec: str) -> str:
-    """A channel's name in tables: what stands inside `chain(…)`, stages joined by ">"; "fp32" for the identity."""
-    text = short(spec)
-    if text in ("chain", "identity"):
-        return "fp32"
-    if not text.startswith("chain("):
-        return text
-    inner = ast.parse(text, mode="eval").body
-    assert isinstance(inner, ast.Call)
-    return " > ".join(ast.unparse(stage) for stage in inner.args)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(v) for v in value]
-    spec = getattr(value, "spec", None)
-    if spec == "":
-        raise Expected(
-            f"Expected a {type(value).__name__.lower()} with a spec, so that the plan can be written down: "
-            "make it with a factory, or pass spec=… to from_module."
-        )
-    return spec if spec is not None else value
-
-
-def from_json(text: dict[str, Any]) -> Plan:
-    """The plan that `as_json` wrote.
-
-    Raises:
-        Expected: the plan is of a kind or schema this version does not know.
-    """
-    if text.get("kind") != "audit" or text.get("schema") != SCHEMA:
-        raise Expected(
-            f"Expected an audit plan of schema {SCHEMA}, got {text.get('kind')!r} of {text.get('schema')!r}."
-        )
-    rooms = {"model": "models", "client": "clients", "channels": "channels", "attacks": "attacks"}
-    values: dict[str, Any] = {}
-    for name in (f.name for f in fields(Audit)):
-        value = text[name]
-        if name in rooms:
-            room = rooms[name]
-            value = tuple(build(room, v) for v in value) if isinstance(value, list) else build(room, value)
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return Audit(**values)

@@ -1,0 +1,36 @@
+"""`run(plan)` as a stream of events, whatever the plan: the engine of its kind does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from qleak.engine import audit
+from qleak.engine.audit import job_of, prepare
+from qleak.engine.events import Event, Finished, Rows, Step
+from qleak.plans import Audit
+from qleak.store import Run
+
+__all__ = ["Event", "Finished", "Rows", "Step", "choices", "estimate", "job_of", "prepare", "run", "size"]
+
+ENGINES: dict[type, Any] = {Audit: audit}
+
+
+def run(plan: Any, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:
+    """Runs what the store does not hold yet; see the engine of the plan's kind."""
+    return ENGINES[type(plan)].run(plan, store, device, workers)
+
+
+def size(plan: Any) -> tuple[str, int]:
+    """What is counted while it runs, and how many there are at most."""
+    return ENGINES[type(plan)].size(plan)
+
+
+def choices(plan: Any) -> list[str]:
+    """Every automatic choice of the engine, with its reason."""
+    return ENGINES[type(plan)].choices(plan)
+
+
+def estimate(plan: Any, device: str = "cpu") -> dict[str, float]:
+    """CPU seconds (an upper bound) and bytes of the largest job, from a few timed steps."""
+    return ENGINES[type(plan)].estimate(plan, device)

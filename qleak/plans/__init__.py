@@ -1,0 +1,25 @@
+"""Plans: everything that decides a result, as frozen dataclasses that print, serialise and have an id.
+
+Where it runs (device, workers, memory) is not part of a plan and never changes a number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qleak.plans.audit import CONTROLS, Audit, Chunk, Lane
+from qleak.plans.base import SCHEMA, label, read
+
+Plan = Audit
+KINDS: dict[str, type[Plan]] = {"audit": Audit}
+
+__all__ = ["CONTROLS", "KINDS", "SCHEMA", "Audit", "Chunk", "Lane", "Plan", "from_json", "label"]
+
+
+def from_json(text: dict[str, Any]) -> Any:
+    """The plan that `as_json` wrote, of any kind.
+
+    Raises:
+        Expected: the plan is of a kind or schema this version does not know.
+    """
+    return read(KINDS.get(str(text.get("kind")), Audit), text)
