@@ -174,7 +174,9 @@ class Stage:
             stage takes the kept coordinates' `(lo, hi)` in place of `code`.
         dropped: `dropped(side, belief, kept, law) -> tree`: what a select stage's silence says, given
             the kept coordinates' `(lo, hi)`.
-        cost: `cost(knobs, before, after) -> bits` this stage adds to the message, from the `like` it
+        clear: `clear(knobs, side, mean) -> tree` of squared residuals: side information in clear as
+            equations on the guess, zero at the truth.
+        cost: `cost(knobs, before, after) -> bits` of this stage's side information, from the `like` it
             gets and the `like` it sends.
         shape: the `like` of what `send` returns.
         init: `init(like, generator) -> state`; () if stateless.
@@ -195,6 +197,7 @@ class Stage:
     dropped: Callable[..., Tree] | None = None
     cost: Callable[..., float] | None = None
     shape: Callable[[Tree], Tree] = _same
+    clear: Callable[..., Tree] | None = None
     init: Callable[[Tree, Generator | None], Any] = _stateless
     knobs: Mapping[str, float] = field(default_factory=dict)
     noise: Literal["uniform", "normal", "laplace"] | None = None

@@ -13,17 +13,29 @@ from torch.func import vmap
 from qleak import random, tree
 from qleak.catalog import build, catalog
 from qleak.channels import (
+    Channel,
     chain,
     clip_l1,
     clip_l2,
+    error_feedback,
+    fixed_point,
+    float8,
     gaussian,
     identity,
+    kmeans,
     laplace,
+    logarithmic,
     mean,
+    powersgd,
+    qsgd,
+    random_k,
+    rounds,
     scale,
     sign,
     stack,
+    stochastic,
     stochastic_sign,
+    terngrad,
     threshold,
     top_k,
     total,
@@ -36,18 +48,19 @@ from qleak.types import Stage
 LIKE = {"w": torch.zeros(4, 3, 5), "b": torch.zeros(7)}
 
 
-def stages() -> list[Stage]:
-    made = [make() for name, make in catalog("channels").items() if name not in ("chain", "identity")]
-    return [m for m in made if isinstance(m, Stage)]
+def made() -> list[Stage | Channel]:
+    return [make() for name, make in catalog("channels").items() if name not in ("chain", "identity")]
 
 
-def alone(stage: Stage):
+def alone(stage: Stage | Channel):
     """A channel around one stage, with the bound it needs."""
+    if isinstance(stage, Channel):
+        return stage
     return chain(clip_l1(100.0), stage) if stage.noise in ("normal", "laplace") else chain(stage)
 
 
 CHANNELS = [
-    *(alone(s) for s in stages() if s.kind != "join"),
+    *(alone(s) for s in made() if isinstance(s, Channel) or s.kind != "join"),
     identity(),
     chain(uniform(levels=2)),
     chain(uniform(bits=4)),
@@ -57,6 +70,27 @@ CHANNELS = [
     chain(gaussian(0.1, unbounded=True), uniform(levels=16)),
     chain(uniform(levels=16), gaussian(0.1, unbounded=True)),
     chain(sign(scale="none")),
+    chain(uniform(levels=16, range="max")),
+    chain(uniform(bits=4, per="channel")),
+    chain(uniform(bits=3, per="bucket", bucket=16)),
+    chain(stochastic(levels=4)),
+    chain(stochastic(levels=9, range="max", per="bucket", bucket=16)),
+    chain(qsgd(levels=4, norm="max", bucket=16)),
+    chain(terngrad(clip=0)),
+    chain(logarithmic(bits=2)),
+    chain(kmeans(clusters=3, iterations=0)),
+    chain(fixed_point(bits=4, fraction=1)),
+    chain(float8(format="e5m2", scale="none")),
+    chain(top_k(ratio=0.2, scope="global")),
+    chain(top_k(ratio=0.2, scope="global"), uniform(levels=8)),
+    chain(random_k(k=3), uniform(levels=8)),
+    chain(random_k(ratio=0.5), stochastic(levels=8)),
+    chain(top_k(ratio=0.5), qsgd(bucket=8)),
+    chain(clip_l2(1.0), stochastic(levels=16)),
+    chain(powersgd(rank=1)),
+    error_feedback(chain(top_k(ratio=0.1), uniform(levels=16))),
+    rounds(chain(uniform(levels=4)), times=3),
+    rounds(chain(gaussian(0.5, unbounded=True)), times=3),
 ]
 IDS = [c.spec for c in CHANNELS]
 
@@ -76,6 +110,7 @@ def deterministic(channel) -> bool:
 
 def test_the_contract_covers_every_factory():
     names = {s.name for c in CHANNELS for s in c.stages} | {"total", "chain", "identity", "mean"}
+    names |= {c.spec.split("(")[0] for c in CHANNELS}
     assert set(catalog("channels")) <= names
 
 

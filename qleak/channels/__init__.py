@@ -4,24 +4,45 @@ from qleak.channels.aggregate import mean, scale, total
 from qleak.channels.channel import Channel, stack
 from qleak.channels.clip import clip_l1, clip_l2
 from qleak.channels.compose import chain, identity
+from qleak.channels.feedback import error_feedback
+from qleak.channels.fixed_point import fixed_point
+from qleak.channels.floats import bfloat16, float8, float16
+from qleak.channels.kmeans import kmeans
+from qleak.channels.logarithmic import logarithmic
 from qleak.channels.noise import gaussian, laplace
-from qleak.channels.quantize import uniform
+from qleak.channels.powersgd import powersgd
+from qleak.channels.qsgd import qsgd, terngrad
+from qleak.channels.quantize import stochastic, uniform
+from qleak.channels.repeat import rounds
 from qleak.channels.sign import sign, stochastic_sign, threshold
-from qleak.channels.sparsify import top_k
+from qleak.channels.sparsify import random_k, top_k
 
 __all__ = [
     "Channel",
+    "bfloat16",
     "chain",
     "clip_l1",
     "clip_l2",
+    "error_feedback",
+    "fixed_point",
+    "float8",
+    "float16",
     "gaussian",
     "identity",
+    "kmeans",
     "laplace",
+    "logarithmic",
     "mean",
+    "powersgd",
+    "qsgd",
+    "random_k",
+    "rounds",
     "scale",
     "sign",
     "stack",
+    "stochastic",
     "stochastic_sign",
+    "terngrad",
     "threshold",
     "top_k",
     "total",

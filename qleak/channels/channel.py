@@ -8,6 +8,7 @@ In front of a join every leg is mapped over the leading `row` axis.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -140,33 +141,32 @@ class Channel:
         decode = functools.partial(legs.receive_leg, self.legs[i].stages, like)
         return _mapped(decode, self.depth(i), (None, 0))(knobs[i], message)
 
-    def bits(self, message: Message, like: Tree, leg: int = -1) -> float:
-        """Bits of one leg's message as sent: every code and all side information."""
+    def bits(self, message: Message, like: Tree, leg: int = -1, coded: bool = False) -> float:
+        """Bits of one leg's message as sent: every code and all side information.
+
+        With `coded`, codes count at their empirical entropy per tensor, n·H: what an ideal adaptive
+        entropy coder comes near (its tables are not counted).
+        """
         i = leg % len(self.legs)
         if not message.code:
             return 0.0
-        rows = 1
-        for n in next(iter(message.code.values())).shape[: self.depth(i)]:
-            rows *= n
-        total, shape = 0.0, like
-        for j, stage in enumerate(self.legs[i].stages):
-            last = j + 1 == len(self.legs[i].stages)
-            if stage.cost:
-                total += stage.cost(stage.knobs, shape, stage.shape(shape))
-            shape = stage.shape(shape)
-            if last and stage.kind != "code":
-                total += 32.0 * tree.count(shape)
-        if not self.legs[i].stages:
-            total = 32.0 * tree.count(like)
-        return rows * total
+        rows = math.prod(next(iter(message.code.values())).shape[: self.depth(i)])
+        stages = self.legs[i].stages
+        likes = legs.likes_of(stages, like)
+        side = sum(s.cost(s.knobs, a, b) for s, a, b in zip(stages, likes, likes[1:], strict=False) if s.cost)
+        if not stages or stages[-1].kind != "code":
+            return rows * (side + 32.0 * tree.count(likes[-1]))
+        if coded:
+            return rows * side + sum(legs.entropy(v) for v in message.code.values())
+        return rows * (side + math.ceil(self.upto(i).facts(like).width) * tree.count(likes[-1]))
 
     # --- reading ---
 
     def has_cell(self, leg: int = -1) -> bool:
         """Whether `misfit` of this leg is the distance to `cell`: select and deterministic code stages alone."""
         i = leg % len(self.legs)
-        alone = i == 0 and bool(self.legs[0].stages)
-        return alone and all(s.kind != "value" and s.noise is None for s in self.legs[i].stages)
+        stages = self.legs[0].stages
+        return i == 0 and bool(stages) and all(s.cell and not s.clear and not s.noise for s in stages)
 
     def cell(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> tuple[Tree, Tree]:
         """Bounds on the value in front of the leg's own select and code stages, given the message.

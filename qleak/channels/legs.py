@@ -80,10 +80,13 @@ def read_leg(stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message:
     code = stages[-1] if stages and stages[-1].kind == "code" else None
     misfit, kept = [], (message.code, message.code)
     if code:
-        assert code.read is not None and code.cell is not None, code.name
+        assert code.read is not None, code.name
         if any(s.kind == "select" for s in stages):
+            assert code.cell is not None, code.name
             kept = code.cell(knobs[-1], message.code, message.side[-1], likes[-2])
     for stage, knob, side in zip(stages, knobs, message.side, strict=True):
+        if stage.clear and law == "none":  # behind noise a scale is the noisy numbers' own
+            misfit.append(stage.clear(knob, side, belief.mean))
         if stage is code:
             break
         if stage.kind == "select":
@@ -96,3 +99,11 @@ def read_leg(stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message:
     else:
         misfit.append({k: reading.density(m, message.code[k], belief.var.get(k), law) for k, m in belief.mean.items()})
     return torch.stack([v.sum() for t in misfit for v in t.values()]).sum()
+
+
+def entropy(code: Tensor) -> float:
+    """n·H of the symbols of one tensor, in bits."""
+    if not code.numel():
+        return 0.0
+    counts = code.detach().flatten().unique(return_counts=True)[1].double()
+    return float(-(counts * (counts / counts.sum()).log2()).sum())

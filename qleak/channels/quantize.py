@@ -1,25 +1,37 @@
-"""Deterministic quantizers: numbers to a grid."""
+"""Uniform quantizers: numbers to an evenly spaced grid, to the nearest point or by a fair coin."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qleak.catalog import factory
-from qleak.channels.reading import read_cell, widen
-from qleak.check import Expected, between, whole
+from qleak.channels.grid import Groups, extremes, groups, largest
+from qleak.channels.reading import read_cell, read_coin, widen
+from qleak.check import Expected, between, one_of, whole
 from qleak.types import Belief, Facts, Side, Stage, Tree
+
+RANGES = ("minmax", "max")
 
 
 @factory
-def uniform(levels: int | None = None, bits: int | None = None) -> Stage:
-    """Min–max uniform quantization per tensor, rounding to nearest.
+def uniform(
+    levels: int | None = None,
+    bits: int | None = None,
+    range: str = "minmax",
+    per: str = "tensor",
+    bucket: int = 512,
+) -> Stage:
+    """Uniform quantization, rounding to nearest.
 
-    code = round((x − lo)/step), step = (hi − lo)/(levels − 1), decoded as lo + code·step; lo and hi
-    of every tensor travel in clear (2·32 bits). A constant tensor has step 0 and is sent exactly.
+    code = round((x − lo)/step), step = (hi − lo)/(levels − 1), decoded as lo + code·step, where lo and
+    hi are the extremes of a group and travel in clear (2·32 bits), or lo = −hi = −max|x| (32 bits; an
+    odd number of levels, so that zero stays zero). A constant group has step 0 and is sent exactly.
     The cell of a code is [lo + (code − ½)step, lo + (code + ½)step] within [lo, hi].
 
     The int8 setting (256 levels) is the one Zhu et al. 2019, section 5.2, report as a defence.
@@ -27,10 +39,167 @@ def uniform(levels: int | None = None, bits: int | None = None) -> Stage:
     Args:
         levels: number of grid points, 2 … 2²⁴; 256 when neither argument is given.
         bits: the same as levels = 2**bits.
+        range: "minmax", or "max" for the symmetric grid of largest magnitude.
+        per: what shares a grid: a "tensor", a "channel" (first axis) or a "bucket".
+        bucket: coordinates of a bucket.
 
     Raises:
         Expected: levels or bits out of range, or both given.
     """
+    n = _levels(levels, bits, range)
+    grid = Grid(groups(per, bucket), range)
+
+    def send(knobs: dict[str, Tensor], x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
+        return _send(grid, knobs, x, lambda k, t: t.round(), state)
+
+    def read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
+        lo, hi = grid.cell(knobs, code, side, belief.mean, 0.5)
+        if law != "none":  # behind noise the clipped end codes are open: lo and hi are the noisy extremes
+            last = grid.last(knobs, next(iter(lo.values())))
+            lo = {k: torch.where(code[k] == 0, -math.inf, v) for k, v in lo.items()}
+            hi = {k: torch.where(code[k] == last, math.inf, v) for k, v in hi.items()}
+        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+
+    def cell(knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> tuple[Tree, Tree]:
+        return grid.cell(knobs, code, side, like, 0.5)
+
+    def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
+        """Straight through: the mean as it is, rounding as uniform noise of variance step²/12 (Bennett 1948)."""
+        return grid.blur(knobs, belief, 1 / 12)
+
+    return Stage(
+        "uniform", "code", send, push, grid.receive, _fold(n, False), read, cell, cost=grid.cost,
+        knobs={"levels": float(n)},
+    )  # fmt: skip
+
+
+@factory
+def stochastic(
+    levels: int | None = None,
+    bits: int | None = None,
+    range: str = "minmax",
+    per: str = "tensor",
+    bucket: int = 512,
+) -> Stage:
+    """Stochastic rounding on the grid of `uniform`: up with probability frac((x − lo)/step), else down; unbiased.
+
+    P(code | x) = max(0, 1 − |(x − lo)/step − code|): a triangle two steps wide. Gupta et al., "Deep
+    Learning with Limited Numerical Precision" (ICML 2015), section 3.
+
+    Args:
+        levels: number of grid points, 2 … 2²⁴; 256 when neither argument is given.
+        bits: the same as levels = 2**bits.
+        range: "minmax", or "max" for the symmetric grid of largest magnitude.
+        per: what shares a grid: a "tensor", a "channel" (first axis) or a "bucket".
+        bucket: coordinates of a bucket.
+
+    Raises:
+        Expected: levels or bits out of range, or both given.
+    """
+    n = _levels(levels, bits, range)
+    grid = Grid(groups(per, bucket), range)
+
+    def send(knobs: dict[str, Tensor], x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
+        return _send(grid, knobs, x, lambda k, t: (t + noise[k].to(t.dtype)).floor(), state)
+
+    def read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
+        return {
+            k: read_coin(m, *grid.centre(knobs, code[k], side, k, m), belief.var.get(k)) for k, m in belief.mean.items()
+        }
+
+    def cell(knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> tuple[Tree, Tree]:
+        return grid.cell(knobs, code, side, like, 1.0)
+
+    def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
+        """The mean exactly; the coin's variance f(1 − f)step² at its average over f, step²/6."""
+        return grid.blur(knobs, belief, 1 / 6)
+
+    return Stage(
+        "stochastic", "code", send, push, grid.receive, _fold(n, True), read, cell, cost=grid.cost,
+        knobs={"levels": float(n)}, noise="uniform",
+    )  # fmt: skip
+
+
+class Grid(NamedTuple):
+    """Grid points base + (code − middle)·step of every group, from its side information."""
+
+    groups: Groups
+    range: str
+
+    def last(self, knobs: dict[str, Tensor], like: Tensor) -> Tensor:
+        """The largest code; even on the symmetric grid."""
+        n = knobs["levels"].to(like.dtype) - 1
+        return n if self.range == "minmax" else 2 * torch.clamp((n / 2).floor(), min=1)
+
+    def points(self, knobs: dict[str, Tensor], side: Side, name: str, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(base, middle, step) of every coordinate."""
+        hi = side["hi"][name]
+        last = self.last(knobs, hi)
+        lo = side["lo"][name] if self.range == "minmax" else -hi
+        step = self.groups.spread((hi - lo) / last, like)
+        if self.range == "max":
+            return torch.zeros_like(step), last / 2, step
+        return self.groups.spread(lo, like), torch.zeros_like(last), step
+
+    def centre(
+        self, knobs: dict[str, Tensor], code: Tensor, side: Side, name: str, like: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(decoded number, step) of every coordinate."""
+        base, middle, step = self.points(knobs, side, name, like)
+        return base + (code.to(step.dtype) - middle) * step, step
+
+    def receive(self, knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> Tree:
+        """The decoded numbers."""
+        return {k: self.centre(knobs, c, side, k, like[k])[0].to(like[k].dtype) for k, c in code.items()}
+
+    def cell(self, knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree, half: float) -> tuple[Tree, Tree]:
+        """Decoded ± half·step, within the group's range, widened outward."""
+        lows, highs = {}, {}
+        for k, c in code.items():
+            at, step = self.centre(knobs, c, side, k, like[k])
+            hi = self.groups.spread(side["hi"][k], like[k])
+            lo = self.groups.spread(side["lo"][k], like[k]) if self.range == "minmax" else -hi
+            low, high = torch.maximum(at - half * step, lo), torch.minimum(at + half * step, hi)
+            lows[k], highs[k] = widen(low, high) if c.numel() else (low, high)
+        return lows, highs
+
+    def blur(self, knobs: dict[str, Tensor], belief: Belief, factor: float) -> Belief:
+        """The belief of someone who does not see the code: step from the guess itself, variance factor·step²."""
+        var = {}
+        for k, m in belief.mean.items():
+            side = self.side(m.detach())
+            step = self.points(knobs, {n: {k: v} for n, v in side.items()}, k, m)[2]
+            var[k] = belief.var.get(k, torch.zeros_like(m)) + factor * step.square()
+        return Belief(belief.mean, var)
+
+    def side(self, v: Tensor) -> dict[str, Tensor]:
+        """What travels in clear of one tensor: `[group]` each."""
+        if self.range == "max":
+            return {"hi": largest(self.groups.rows(v))}
+        lo, hi = extremes(self.groups.rows(v))
+        return {"lo": lo, "hi": hi}
+
+    def cost(self, knobs: dict[str, float], before: Tree, after: Tree) -> float:
+        """Bits of the scales."""
+        return 32.0 * (2 if self.range == "minmax" else 1) * self.groups.sides(after)
+
+
+def _send(
+    grid: Grid, knobs: dict[str, Tensor], x: Tree, rounding: Callable[[str, Tensor], Tensor], state: Any
+) -> tuple[Tree, Side, Any]:
+    sides: dict[str, dict[str, Tensor]] = {}
+    code = {}
+    for k, v in x.items():
+        for name, scale in grid.side(v).items():
+            sides.setdefault(name, {})[k] = scale
+        base, middle, step = grid.points(knobs, sides, k, v)
+        t = (v - base) / torch.where(step > 0, step, 1) + middle
+        code[k] = torch.minimum(rounding(k, t).clamp(min=0), grid.last(knobs, v)).to(torch.int32)
+    return code, sides, state
+
+
+def _levels(levels: int | None, bits: int | None, range: str) -> int:
+    one_of(RANGES, range=range)
     if levels is not None and bits is not None:
         raise Expected(f"Expected one of levels={levels} and bits={bits}, got both.")
     if bits is not None:
@@ -39,67 +208,15 @@ def uniform(levels: int | None = None, bits: int | None = None) -> Stage:
         levels = 2**bits
     levels = 256 if levels is None else levels
     whole(levels=levels)
-    between(2, 2**24, levels=levels)
-    width = math.ceil(math.log2(levels))
+    between(2 if range == "minmax" else 3, 2**24, levels=levels)
+    return levels
+
+
+def _fold(levels: int, unbiased: bool) -> Callable[[Facts, Facts, Tree | None], Facts]:
+    width = float(math.ceil(math.log2(levels)))
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        return replace(reset, unbiased=False, width=float(width))
+        readable = before.law in ("none", "gauss")  # the closed forms are of Gaussian noise
+        return replace(reset, unbiased=reset.unbiased and unbiased, width=width, exact=reset.exact and readable)
 
-    def cost(knobs: dict[str, float], before: Tree, after: Tree) -> float:
-        return sum(v.numel() * math.ceil(math.log2(knobs["levels"])) + 2 * 32.0 for v in after.values())
-
-    return Stage(
-        "uniform", "code", _send, _push, _receive, fold, _read, _cell, cost=cost, knobs={"levels": float(levels)}
-    )
-
-
-def _step(knobs: dict[str, Tensor], lo: Tensor, hi: Tensor) -> Tensor:
-    return (hi - lo) / (knobs["levels"].to(lo.dtype) - 1)
-
-
-def _range(v: Tensor) -> tuple[Tensor, Tensor]:
-    return (v.amin(), v.amax()) if v.numel() else (v.new_zeros(()), v.new_zeros(()))
-
-
-def _send(knobs: dict[str, Tensor], x: Tree, noise: Tree, state: tuple[()]) -> tuple[Tree, Side, tuple[()]]:
-    lo, hi, code = {}, {}, {}
-    for k, v in x.items():
-        lo[k], hi[k] = _range(v)
-        step = _step(knobs, lo[k], hi[k])
-        scaled = (v - lo[k]) / torch.where(step > 0, step, 1)
-        code[k] = torch.minimum(scaled.round().clamp(min=0), knobs["levels"].to(v.dtype) - 1).to(torch.int32)
-    return code, {"lo": lo, "hi": hi}, state
-
-
-def _receive(knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> Tree:
-    lo, hi = side["lo"], side["hi"]
-    return {k: (lo[k] + c.to(lo[k].dtype) * _step(knobs, lo[k], hi[k])).to(like[k].dtype) for k, c in code.items()}
-
-
-def _cell(knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> tuple[Tree, Tree]:
-    lows, highs = {}, {}
-    for k, c in code.items():
-        lo, hi = side["lo"][k], side["hi"][k]
-        step, at = _step(knobs, lo, hi), c.to(lo.dtype)
-        low, high = lo + (at - 0.5) * step, lo + (at + 0.5) * step
-        lows[k], highs[k] = widen(torch.maximum(low, lo), torch.minimum(high, hi)) if c.numel() else (low, high)
-    return lows, highs
-
-
-def _push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
-    """Straight through: the mean as it is, rounding as uniform noise of variance step²/12 (Bennett 1948)."""
-    var = {}
-    for k, m in belief.mean.items():
-        lo, hi = _range(m.detach())
-        step = _step(knobs, lo, hi)
-        var[k] = belief.var.get(k, torch.zeros_like(m)) + step.square() / 12
-    return Belief(belief.mean, var)
-
-
-def _read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
-    lo, hi = _cell(knobs, code, side, belief.mean)
-    if law != "none":  # behind noise the clipped end codes are open: lo and hi are the noisy extremes
-        count = {k: knobs["levels"].to(v.dtype) - 1 for k, v in lo.items()}
-        lo = {k: torch.where(code[k] == 0, -math.inf, v) for k, v in lo.items()}
-        hi = {k: torch.where(code[k] == count[k], math.inf, v) for k, v in hi.items()}
-    return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+    return fold

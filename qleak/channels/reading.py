@@ -76,6 +76,54 @@ def read_cell(m: Tensor, lo: Tensor, hi: Tensor, v: Tensor | None, law: str) -> 
     return interval(m, lo, hi) if v is None else soft_interval(m, lo, hi, v)
 
 
+CLIFF = 1e-3
+"""Probability below which a coin's −ln p goes on as a parabola: finite, and steeper the further out."""
+
+
+def triangle(t: Tensor) -> Tensor:
+    """−ln(1 − |t|): a stochastic rounding to a point that lies t steps away. Zero probability from |t| = 1 on.
+
+    From 1 − |t| = `CLIFF` on it continues with the same value and slope and curvature 2, so that a guess far
+    outside feels a pull that grows with the distance.
+    """
+    d = t.abs()
+    beyond = d > 1 - CLIFF
+    inside = -torch.log1p(-torch.where(beyond, 0, d))
+    over = torch.where(beyond, d - (1 - CLIFF), 0)
+    return torch.where(beyond, -math.log(CLIFF) + over / CLIFF + over.square(), inside)
+
+
+def soft_triangle(t: Tensor, r: Tensor) -> Tensor:
+    """−ln P of a stochastic rounding with noise of r steps in front, t steps away.
+
+    P = r·[h((t+1)/r) − 2h(t/r) + h((t−1)/r)] with h(q) = qΦ(q) + φ(q): the triangle convolved with N(0, r²).
+    Far outside, where the difference cancels, the Gaussian tail's own −ln takes over.
+    """
+    d = t.abs()
+    near = d < 1 + 4 * r
+
+    def h(q: Tensor) -> Tensor:
+        return q * torch.erfc(-q / SQRT2) / 2 + torch.exp(-q.square() / 2) / math.sqrt(2 * math.pi)
+
+    inside = torch.where(near, d, 0)
+    # In the lower tail all three terms are small and nothing cancels to zero.
+    p = r * (h((1 - inside) / r) - 2 * h(-inside / r) + h((-1 - inside) / r))
+    tail = (torch.where(near, 0, d - 1) / r).square() / 2
+    at_edge = 8.0 - torch.log(torch.tensor(CLIFF, dtype=t.dtype, device=t.device))
+    return torch.where(near, -p.clamp(min=1e-9).log(), tail + at_edge)
+
+
+def read_coin(m: Tensor, at: Tensor, step: Tensor, v: Tensor | None) -> Tensor:
+    """The reading of stochastic rounding to `at` on a grid of width `step` (0: an exact number)."""
+    point = step == 0
+    width = torch.where(point, 1, step)
+    t = (m - at) / width
+    if v is None:
+        return torch.where(point, (m - at).square(), triangle(t))
+    r = (v.sqrt() / width).clamp(min=1e-6)
+    return torch.where(point, (m - at).square() / (2 * v.clamp(min=1e-30)), soft_triangle(t, r))
+
+
 def bernoulli(p: Tensor, one: Tensor) -> Tensor:
     """−ln p where `one`, −ln(1 − p) elsewhere; probabilities are kept 1e-6 away from 0 and 1."""
     p = p.clamp(1e-6, 1 - 1e-6)

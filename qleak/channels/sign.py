@@ -44,13 +44,19 @@ def sign(scale: str = "mean") -> Stage:
         lo, hi = cell(knobs, code, side, belief.mean)
         return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
 
+    def clear(knobs: dict, side: Side, mean: Tree) -> Tree:
+        """Half-lines alone fit every shorter gradient too: the magnitude in clear says how long, n(mean|m| − s)²."""
+        if scale == "none":
+            return {}
+        return {k: m.numel() * (m.abs().sum() / max(m.numel(), 1) - side["scale"][k]).square() for k, m in mean.items()}
+
     def push(knobs: dict, belief: Belief, side: Side | None) -> Belief:
         """Straight through a hard sign there is no gradient: the mean passes, at the decoded magnitude."""
         size = {k: m.detach().abs().mean() if scale == "mean" else m.new_ones(()) for k, m in belief.mean.items()}
         mean = {k: size[k] * torch.tanh(m / m.detach().abs().mean().clamp(min=1e-30)) for k, m in belief.mean.items()}
         return Belief(mean, {k: size[k].square() - m.square() for k, m in mean.items()})
 
-    return Stage("sign", "code", send, push, _receive, _fold(scale), read, cell, cost=_cost(scale))
+    return Stage("sign", "code", send, push, _receive, _fold(scale), read, cell, cost=_cost(scale), clear=clear)
 
 
 @factory
@@ -100,7 +106,7 @@ def _receive(knobs: dict, code: Tree, side: Side, like: Tree) -> Tree:
 
 
 def _cost(scale: str) -> Any:
-    return lambda knobs, before, after: sum(v.numel() + (32.0 if scale == "mean" else 0.0) for v in after.values())
+    return lambda knobs, before, after: 32.0 * len(after) if scale == "mean" else 0.0
 
 
 def _fold(scale: str) -> Any:
@@ -151,7 +157,15 @@ def threshold(at: float = 1.0) -> Stage:
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
         return replace(reset, unbiased=False, width=math.log2(3))
 
-    def cost(knobs: dict, before: Tree, after: Tree) -> float:
-        return sum(2.0 * v.numel() for v in after.values())
-
-    return Stage("threshold", "code", send, push, receive, fold, read, cell, cost=cost, knobs={"at": at})
+    return Stage(
+        "threshold",
+        "code",
+        send,
+        push,
+        receive,
+        fold,
+        read,
+        cell,
+        cost=lambda knobs, before, after: 0.0,
+        knobs={"at": at},
+    )
