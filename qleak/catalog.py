@@ -20,6 +20,7 @@ from qleak.check import Expected, did_you_mean
 
 F = TypeVar("F", bound=Callable[..., Any])
 ROOMS = {
+    "rules": "qleak.train.rules",
     "models": "qleak.models",
     "channels": "qleak.channels",
     "attacks": "qleak.attacks",
@@ -68,8 +69,9 @@ def _short(node: ast.expr) -> str:
     defaults: dict[str, str] = {}
     for room in ROOMS:
         if name in catalog(room):
-            parameters = inspect.signature(catalog(room)[name]).parameters.values()
-            defaults = {p.name: repr(p.default) for p in parameters if p.default is not p.empty}
+            known = inspect.signature(catalog(room)[name]).parameters
+            if all(k.arg in known for k in node.keywords):  # rooms may share a name, such as adam
+                defaults = {p.name: repr(p.default) for p in known.values() if p.default is not p.empty}
     given = [_short(a) for a in node.args]
     given += [f"{k.arg}={_short(k.value)}" for k in node.keywords if defaults.get(str(k.arg)) != ast.unparse(k.value)]
     return f"{name}({', '.join(given)})" if given else name
@@ -111,6 +113,7 @@ def _normalise(text: str) -> str:
     name, paren, rest = text.strip().partition("(")
     if not paren and ":" in name:  # uniform:16 is short for uniform(16)
         name, _, rest = name.partition(":")
+        rest = repr(rest) if name.strip() == "run" else rest  # run:ID names a folder
         paren, rest = "(", rest + ")"
     return name.replace("-", "_") + paren + rest
 

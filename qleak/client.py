@@ -11,7 +11,7 @@ from torch.func import grad, vmap
 
 from qleak.catalog import factory
 from qleak.channels import Channel
-from qleak.check import Expected, at_least, whole
+from qleak.check import Expected, at_least, positive, whole
 from qleak.types import Buffers, Client, Message, Model, Params, Tree
 
 
@@ -81,7 +81,9 @@ LOSSES = {"labels": loss, "errors": linear_loss}
 
 def one_hot(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Labels `[…]` as probabilities `[… class]`."""
-    return F.one_hot(y, classes).to(dtype)
+    return (y[..., None] == torch.arange(classes, device=y.device)).to(
+        dtype
+    )  # F.one_hot looks at values: not under vmap
 
 
 @factory
@@ -122,5 +124,41 @@ def _fits(model: Model, x: Tensor, y: Tensor) -> None:
         raise Expected(
             f"Expected images [b, {model.shape}] with as many labels, got {tuple(x.shape)} and {tuple(y.shape)}."
         )
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < model.classes:
-        raise Expected(f"Expected labels in 0 … {model.classes - 1}, got {int(y.min())} … {int(y.max())}.")
+    try:
+        low, high = (int(y.min()), int(y.max())) if len(y) else (0, 0)
+    except RuntimeError:  # inside vmap values cannot be looked at
+        return
+    if not 0 <= low <= high < model.classes:
+        raise Expected(f"Expected labels in 0 … {model.classes - 1}, got {low} … {high}.")
+
+
+@factory
+def local_sgd(steps: int = 5, epochs: int = 0, batch: int = 10, lr: float = 0.1) -> Client:
+    """θ₀ − θ_K after K steps θ ← θ − lr·∇ on the client's own minibatches: FedAvg (McMahan et al. 2017, Algorithm 1).
+
+    Minibatches are taken from the images in the order given, so the update is a function of its
+    arguments. Divided by lr·K it is a gradient averaged along the path; at K = 1 it is lr·∇ exactly.
+
+    Args:
+        steps: K, and the number of minibatches of images the client takes at a time.
+        epochs: passes over those images instead of K steps (0: K steps, beginning again when images run out).
+        batch: images of one minibatch.
+        lr: the client's own learning rate.
+    """
+    whole(steps=steps, epochs=epochs, batch=batch)
+    at_least(1, steps=steps, batch=batch)
+    at_least(0, epochs=epochs)
+    positive(lr=lr)
+
+    def update(model: Model, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tree:
+        _fits(model, x, y)
+        parts = list(zip(x.split(batch), y.split(batch), strict=True))
+        here = params
+        for step in range(epochs * len(parts) if epochs else steps):
+            some, labels = parts[step % len(parts)]
+            target = one_hot(labels, model.classes, some.dtype)
+            slope = grad(lambda p, some=some, target=target: loss(model, p, buffers, some, target))(here)
+            here = {k: v - lr * slope[k] for k, v in here.items()}
+        return {k: v - here[k] for k, v in params.items()}
+
+    return Client(update, 0, steps * batch)

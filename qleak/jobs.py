@@ -36,7 +36,10 @@ class Job(NamedTuple):
 
 
 class Done(NamedTuple):
-    """The result of a job. `curve` is `[point, lane]`: own loss at `curve_at` closures."""
+    """The result of a job. `curve` is `[point, lane]`: own loss at `curve_at` closures.
+
+    `path_psnr [lane point b]`, filled in by the scores, rates the guesses that the attacker chose among.
+    """
 
     key: str
     guess: Guess
@@ -45,6 +48,7 @@ class Done(NamedTuple):
     curve: Tensor
     curve_at: Tensor
     cpu_s: float
+    path_psnr: Tensor | None = None
 
 
 def view_of(job: Job, plan: Audit | None = None) -> View:
@@ -88,7 +92,8 @@ def events(job: Job) -> Iterator[Progress | Done]:
             yield event
             continue
         guess, status, closures = event
-        guess = Guess(guess.x.detach().cpu().float(), guess.labels.cpu(), guess.loss.detach().cpu().float())
+        path = None if guess.path is None else guess.path.detach().cpu().float()
+        guess = Guess(guess.x.detach().cpu().float(), guess.labels.cpu(), guess.loss.detach().cpu().float(), path)
         curve = torch.stack([p[1] for p in points]) if points else torch.zeros(0, len(job.chunk.lanes))
         at = torch.tensor([p[0] for p in points], dtype=torch.int64)
         cpu_s = time.process_time() - began

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from statistics import NormalDist
+from collections.abc import Sequence
+from statistics import NormalDist, fmean, stdev
 from typing import Any, NamedTuple
 
 import torch
@@ -150,6 +151,20 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     low = 0.0 if successes == 0 else (centre - half) / scale
     high = 1.0 if successes == n else (centre + half) / scale
     return low, high
+
+
+def student(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Interval of a mean of n ≥ 2 independent values: mean ± t·s/√n with n − 1 degrees of freedom.
+
+    Raises:
+        Expected: fewer than two values.
+    """
+    from scipy.stats import t
+
+    check.at_least(2, values=len(values))
+    middle = fmean(values)
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return middle - half, middle + half
 
 
 def score(x: Tensor, labels: Tensor, secret: Secret) -> dict[str, list[Any]]:

@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
+import torch
+
 from qleak.catalog import short
 from qleak.jobs import Done
-from qleak.metrics import Secret, score, wilson
+from qleak.metrics import Secret, match, psnr, score, student, wilson
 from qleak.plans import CONTROLS, Audit, Chunk
 from qleak.types import Status
 
 
 def score_group(
-    plan: Audit, secret: Secret, channel: int, attack: int, bits: float, epsilon: float | None,
+    plan: Audit, secret: Secret, channel: int, attack: int, bits: float, coded: float, epsilon: float | None,
     chunks: Iterable[tuple[Chunk, Done]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of one channel × attack: one per lane and image.
@@ -38,12 +40,16 @@ def score_group(
                     "status": Status.NAMES[int(done.status[i])], "loss": _finite(float(done.guess.loss[i])),
                     **{k: v[j] for k, v in scores.items()},
                     "selected": False, "success": False, "closures": int(done.closures[i]),
-                    "cpu_s": done.cpu_s / len(chunk.lanes), "bits": bits, "epsilon": _finite(epsilon),
+                    "cpu_s": done.cpu_s / len(chunk.lanes), "bits": bits, "bits_entropy": coded,
+                    "epsilon": _finite(epsilon), **_best_weight(done, i, j),
                     "chunk": chunk.key, "lane": i,
                 })  # fmt: skip
+    wrong = max((r["psnr"] for r in rows if r["control"] == "wrong-gradient"), default=-math.inf)
     for image in {r["image"] for r in rows}:
         mine = [r for r in rows if r["image"] == image]
         floor = max((r["psnr"] for r in mine if r["control"] != "none"), default=-math.inf)
+        if not any(r["control"] == "wrong-gradient" for r in mine):  # not run for this image: any other's counts
+            floor = max(floor, wrong)
         for r in mine:
             r["success"] = r["control"] == "none" and r["psnr"] >= plan.success and r["psnr"] > floor
         for control in CONTROLS:
@@ -53,11 +59,28 @@ def score_group(
     return rows
 
 
+def rate_path(done: Done, chunk: Chunk, secret: Secret) -> Done:
+    """The PSNR of every guess that an attack chose its prior's weight among, in place of the guesses."""
+    if done.guess.path is None:
+        return done
+    rated = []
+    for lane, path in zip(chunk.lanes, done.guess.path, strict=True):
+        x = secret.x[lane.victim]
+        rated.append(torch.stack([psnr(p[match(p, x)], x) for p in path]))
+    return done._replace(guess=done.guess._replace(path=None), path_psnr=torch.stack(rated).float())
+
+
+def _best_weight(done: Done, lane: int, image: int) -> dict[str, float]:
+    """The PSNR at the prior weight that only the truth could have picked."""
+    return {} if done.path_psnr is None else {"psnr_best_weight": float(done.path_psnr[lane, :, image].max())}
+
+
 def summarise(plan: Audit, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One object per channel × attack × control.
 
     `psnr_selected` is the mean over images of the restart chosen by the attacker's own loss;
-    `psnr_oracle` that of the best restart, which only the truth can tell.
+    `psnr_oracle` that of the best restart and `psnr_weight_oracle` that of the best prior weight, which
+    only the truth can tell.
     """
     out = []
     # In the plan's order, whatever order the workers finished in.
@@ -71,14 +94,27 @@ def summarise(plan: Audit, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         wins = sum(r["success"] for r in mine)
         out.append({
             "channel": key[0], "attack": key[1], "control": key[2], "n": len(mine), "images": len(images),
-            "psnr_selected": _mean(chosen), "psnr_selected_max": max(chosen), "psnr_oracle": _mean(best),
+            "psnr_selected": _mean(chosen), "psnr_ci": _interval(chosen), "psnr_selected_max": max(chosen),
+            "psnr_oracle": _mean(best), **_weight_oracle(mine),
             "ssim_selected": _mean([r["ssim"] for r in mine if r["selected"]]),
             "recovered": sum(r["success"] for r in mine if r["selected"]),
             "success_rate": wins / len(mine), "success_ci": list(wilson(wins, len(mine))),
             "label_accuracy": _mean([float(r["label_ok"]) for r in mine]),
-            "bits": mine[0]["bits"], "epsilon": mine[0]["epsilon"], "cpu_s": sum(r["cpu_s"] for r in mine),
+            "bits": mine[0]["bits"], "bits_entropy": mine[0]["bits_entropy"], "epsilon": mine[0]["epsilon"],
+            "cpu_s": sum(r["cpu_s"] for r in mine),
         })  # fmt: skip
     return out
+
+
+def _weight_oracle(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The same restarts with the prior weight that the truth would pick; only where an attack kept its path."""
+    best = [r["psnr_best_weight"] for r in rows if r["selected"] and "psnr_best_weight" in r]
+    return {"psnr_weight_oracle": _mean(best)} if best else {}
+
+
+def _interval(values: list[float]) -> list[float] | None:
+    """95 % Student-t interval of the mean over images; None for one image."""
+    return list(student(values)) if len(values) > 1 else None
 
 
 def _mean(values: list[float]) -> float:

@@ -3,6 +3,7 @@
     runs/<id>/run.json                    one object: schema, kind, plan_id, and what the engine adds
               rows.jsonl                  one object a line, append-only; its `key` names a row for good
               tensors/<key>.safetensors   one file a key, characters unfit for a file name as %XX
+              <name>.safetensors          trained models, with what made them as metadata
               .lock                       held, with the writer's process id, while a run is open
 
 What a method has returned from survives kill -9 and power cuts. A row is there once its newline is:
@@ -131,6 +132,21 @@ class Run:
     def load(self, key: str) -> dict[str, Tensor]:
         """The tensors saved under `key`; see `read_tensors`."""
         return read_tensors(self.folder, key)
+
+    def model(self, name: str, tensors: dict[str, Tensor], about: dict[str, str]) -> None:
+        """Writes (or replaces) `name`.safetensors in the run's own folder, atomically, with `about` as its metadata.
+
+        Raises:
+            Failed: the disk refused; the model saved before is as it was.
+        """
+        import safetensors.torch
+        import torch
+
+        whole = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
+        path = self.folder / f"{name}.safetensors"
+        with disk.disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        disk.replace(path, safetensors.torch.save(whole, about))
 
     def update(self, **fields: Any) -> None:
         """Sets fields of run.json and rewrites it atomically. NaN and ±∞ become null.

@@ -176,6 +176,8 @@ class Stage:
             the kept coordinates' `(lo, hi)`.
         clear: `clear(knobs, side, mean) -> tree` of squared residuals: side information in clear as
             equations on the guess, zero at the truth.
+        moments: `moments(knobs, code, side, like) -> (at, var)`: the code as a Gaussian of the number in
+            front of it, for codes drawn by a coin.
         cost: `cost(knobs, before, after) -> bits` of this stage's side information, from the `like` it
             gets and the `like` it sends.
         shape: the `like` of what `send` returns.
@@ -198,6 +200,7 @@ class Stage:
     cost: Callable[..., float] | None = None
     shape: Callable[[Tree], Tree] = _same
     clear: Callable[..., Tree] | None = None
+    moments: Callable[..., tuple[Tree, Tree]] | None = None
     init: Callable[[Tree, Generator | None], Any] = _stateless
     knobs: Mapping[str, float] = field(default_factory=dict)
     noise: Literal["uniform", "normal", "laplace"] | None = None
@@ -209,11 +212,15 @@ class Stage:
 
 
 class Guess(NamedTuple):
-    """What an attack hands in, for every lane: images `[lane b c h w]`, labels `[lane b]`, own loss `[lane]`."""
+    """What an attack hands in, for every lane: images `[lane b c h w]`, labels `[lane b]`, own loss `[lane]`.
+
+    `path` holds the guesses it chose among without the truth, `[lane point b c h w]`, where it keeps them.
+    """
 
     x: Tensor
     labels: Tensor
     loss: Tensor
+    path: Tensor | None = None
 
 
 class Info(NamedTuple):

@@ -148,7 +148,7 @@ SHARP, BLURRED = 0.01, 0.3  # 40 dB and 10 dB
 def scored(plan, noise, **options):
     secret = Secret(torch.full((2, 1, 1, 8, 8), 0.5), torch.zeros(2, 1, dtype=torch.int64))
     secret.x[:, :, :, ::2] += 0.1
-    rows = score_group(plan, secret, 0, 0, 32.0, None, fabricated(plan, secret, noise, **options))
+    rows = score_group(plan, secret, 0, 0, 32.0, 32.0, None, fabricated(plan, secret, noise, **options))
     return {(r["control"], plan.victims.index(r["image"]), r["seed"]): r for r in rows}
 
 

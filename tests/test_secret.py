@@ -62,7 +62,12 @@ def ignores_the_secret(make, data, channel=None) -> bool:
     prepared.secret.x.fill_(0.25)
     prepared.secret.y.fill_(3)
     after = guess_of(attack, plan, job)
-    return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    return all(torch.equal(a, b) for a, b in zip(present(before), present(after), strict=True))
+
+
+def present(guess):
+    """The parts that an attack handed in."""
+    return [part for part in guess if part is not None]
 
 
 @pytest.mark.parametrize("channel", [identity(), chain(uniform(levels=16))], ids=["fp32", "uniform16"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from qleak.attacks.adam import adam, sign_adam
 from qleak.attacks.lbfgs import lbfgs
 from qleak.attacks.match import STARTS, Settings, matching
+from qleak.attacks.objectives import OBJECTIVES
 from qleak.catalog import factory
 from qleak.check import at_least, between, one_of, positive, whole
 from qleak.types import Attack
@@ -24,8 +25,9 @@ def cells(
     steps: int = 100,
     last: int = 200,
     gain: float = 0.02,
+    path: bool = False,
     objective: str = "cells",
-    labels: str = "errors",
+    labels: str = "auto",
     slack: float = 0.01,
     start: str = "dark",
     optimizer: str = "lbfgs",
@@ -37,7 +39,8 @@ def cells(
     The evidence is the channel's own misfit (zero in the cell, squared distance outside, a likelihood
     behind noise) over ‖decoded‖². Total variation is faded by `fade` from stage to stage, until a
     stage no longer improves the evidence by `gain`: the smoothest image whose gradient lies in every
-    cell. On an exact channel the cell is a point and the last stage has no prior.
+    cell. On an exact channel the cell is a point and the last stage has no prior. Behind a coin or noise the
+    strongest weight is taken whose guess explains the message as well as the truth would (`stages.pick`).
 
     For one image the last bias gradient is the output error δ = p − y itself. The attacker starts δ
     there and lets it move within its cell beside the image, instead of computing it from the guess:
@@ -50,9 +53,11 @@ def cells(
         stages: number of stages with a prior.
         steps: closures of each of them.
         last: closures of the final stage, which has no prior on an exact channel.
-        gain: a stage that lowers the evidence by less than this share is the last.
-        objective: "cells", or "l2" for the same attack blind to the channel.
-        labels: "errors" or "inferred".
+        gain: a stage that lowers the evidence by less than this share is handed in.
+        path: go on to the weakest prior in any case, so that the choice can be compared with the best one.
+        objective: "cells", or for the same attack without its knowledge "l2", "weighted", "cosine",
+            "straight_through"; see `qleak.attacks.objectives`.
+        labels: "errors", "inferred", or "auto": errors where a code has more than two bits.
         slack: unit in which δ moves beside the pixels, in parts of its decoded norm: small keeps a
             hundred stiff directions out of the way, 1 helps a trained net out of local minima.
         start: "dark" (uniform in [0, 0.1)), "uniform" in [0, 1) or "normal".
@@ -61,7 +66,9 @@ def cells(
         route: derivative route, see `qleak.attacks.routes`.
     """
     one_of([s for s in STARTS if s != "solved"], start=start)
-    settings = _settings(weight, fade, stages, steps, last, gain, objective, labels, slack, start, optimizer, lr, route)
+    settings = _settings(
+        weight, fade, stages, steps, last, gain, path, objective, labels, slack, start, optimizer, lr, route
+    )
     return matching(settings, PAPERS)
 
 
@@ -73,6 +80,7 @@ def refine(
     steps: int = 100,
     last: int = 100,
     slack: float = 0.01,
+    path: bool = False,
 ) -> Attack:
     """The closed form's answer, brought home by `cells`: no random start, no local minimum on a net that can be solved.
 
@@ -86,15 +94,43 @@ def refine(
         steps: closures of each of them.
         last: closures of the final stage, which has no prior on an exact channel.
         slack: unit in which the output error moves, see `cells`.
+        path: see `cells`.
     """
     settings = _settings(
-        weight, fade, stages, steps, last, 0.02, "cells", "errors", slack, "solved", "lbfgs", 1.0, "auto"
+        weight, fade, stages, steps, last, 0.02, path, "cells", "auto", slack, "solved", "lbfgs", 1.0, "auto"
     )
     return matching(settings, (*PAPERS, "Zhu, Blaschko. R-GAP: Recursive Gradient Attack on Privacy. ICLR 2021."))
 
 
+@factory
+def adaptive(
+    weight: float = 0.3,
+    fade: float = 0.3,
+    stages: int = 9,
+    steps: int = 50,
+    last: int = 50,
+) -> Attack:
+    """`cells` for every channel alike: a finer path of prior weights, walked to its end, 500 closures.
+
+    Behind a coin or noise the weight matters most: too strong is blurred, too weak fits the noise. The choice
+    (`stages.pick`) does not see the truth; what the truth would have chosen is reported beside it.
+
+    Args:
+        weight: prior weight of the first stage.
+        fade: factor from one stage to the next.
+        stages: number of stages with a prior.
+        steps: closures of each of them.
+        last: closures of the final stage.
+    """
+    settings = _settings(
+        weight, fade, stages, steps, last, 0.02, True, "cells", "auto", 0.01, "dark", "lbfgs", 1.0, "auto"
+    )
+    return matching(settings, (*PAPERS, "Morozov. On the solution of functional equations by regularization. 1966."))
+
+
 def _settings(
-    weight: float, fade: float, stages: int, steps: int, last: int, gain: float, objective: str, labels: str,
+    weight: float, fade: float, stages: int, steps: int, last: int, gain: float, path: bool, objective: str,
+    labels: str,
     slack: float, start: str, optimizer: str, lr: float, route: str,
 ) -> Settings:  # fmt: skip
     whole(stages=stages, steps=steps, last=last)
@@ -103,8 +139,9 @@ def _settings(
     between(1e-6, 1, fade=fade)
     between(0, 1, gain=gain)
     one_of(OPTIMIZERS, optimizer=optimizer)
-    one_of(["errors", "inferred"], labels=labels)
+    one_of(OBJECTIVES, objective=objective)
+    one_of(["auto", "errors", "inferred"], labels=labels)
     return Settings(
         objective, OPTIMIZERS[optimizer](lr), labels, slack, (*(weight * fade**i for i in range(stages)), 0.0), fade,
-        (steps,) * stages + (last,), relative=True, box=1.0, start=start, gain=gain, route=route,
+        (steps,) * stages + (last,), relative=True, box=1.0, start=start, gain=gain, path=path, route=route,
     )  # fmt: skip

@@ -49,7 +49,9 @@ def drive(
             if bool(stop.any()):
                 guess = attack.read(view, state)
                 for i in torch.nonzero(stop)[:, 0].tolist():
-                    guesses[int(alive[i])] = Guess(guess.x[i], guess.labels[i], guess.loss[i])
+                    guesses[int(alive[i])] = Guess(
+                        guess.x[i], guess.labels[i], guess.loss[i], None if guess.path is None else guess.path[i]
+                    )
                     status[alive[i]] = ended[i] if int(ended[i]) else Status.FINISHED
                     closures[alive[i]] = min(step, attack.steps)
                 keep = torch.nonzero(~stop)[:, 0]
@@ -65,7 +67,9 @@ def drive(
             status[alive] = ended
             yield Progress(step, loss.clone(), status.clone())
     ordered = [guesses[i] for i in range(total)]
-    yield Guess(*(torch.stack(parts) for parts in zip(*ordered, strict=True))), status, closures
+    x, labels, losses = (torch.stack([g[i] for g in ordered]) for i in range(3))  # pyright: ignore[reportArgumentType]
+    path = [g.path for g in ordered if g.path is not None]
+    yield Guess(x, labels, losses, torch.stack(path) if path else None), status, closures
 
 
 def _status(state: Any) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from qleak.client import View
 from qleak.types import Tree
 
 
@@ -39,3 +40,22 @@ def bias_sign(update: Tree, classes: int) -> Tensor | None:
     """ĉ = argmin_c ∂L/∂b[c] = p_c − y_c: needs no sign of the features. One image: `[lane …] -> [lane 1]`."""
     bias = last_bias(update, classes)
     return None if bias is None else bias.argmin(-1, keepdim=True)
+
+
+def blind(view: View) -> bool:
+    """Whether coordinates are missing at random: the last bias may be among them."""
+    return any(s.kind == "select" and s.noise for s in view.channel.stages)
+
+
+def readable(view: View) -> bool:
+    """Whether the output error can be read off the message: all of it there, in more than two bits."""
+    return not blind(view) and view.channel.upto(view.leg).facts().width > 2
+
+
+def infer(view: View) -> Tensor | None:
+    """The label of one image from its update, `[lane 1]`; labels that are given come first. None if it cannot be read."""
+    if view.labels is not None:
+        return view.labels
+    decoded = view.decoded()
+    found = None if blind(view) else bias_sign(decoded, view.model.classes)
+    return found if found is not None else idlg(decoded, view.model.classes)

@@ -2,8 +2,7 @@
 
 One state machine serves them all: an objective of the update, a way to the labels, an image prior
 whose weight fades in stages, and a batched optimizer. A lane leaves a stage when its steps are used
-up, and is finished when fading the prior has stopped improving the evidence, a rule that needs no
-look at the truth.
+up, and hands in the stage that a rule without a look at the truth picks (`stages.pick`).
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ import torch
 from torch import Generator, Tensor
 from torch.func import vmap
 
-from qleak import random, tree
-from qleak.attacks import labels, objectives, priors, routes
+from qleak import random
+from qleak.attacks import labels, objectives, priors, routes, stages
 from qleak.attacks.closed_form import refuse, solve_lanes
 from qleak.client import View, one_hot
 from qleak.types import Attack, Guess, Info, Optimizer, Status, Tree
@@ -34,8 +33,9 @@ class MatchState(NamedTuple):
     """`lane` first everywhere.
 
     `x` is the flat vector under optimisation (images, then label logits); `goal` is what the
-    objective worked out from the message, `size` what the evidence is divided by, and `unit` what
-    output errors are counted in.
+    objective worked out from the message, `size` what the evidence is divided by, and `unit` what output errors
+    are counted in.
+    `trail [lane stage d]` and `trace [lane stage]` hold the guess and the evidence of every stage left.
     """
 
     x: Tensor
@@ -46,10 +46,12 @@ class MatchState(NamedTuple):
     labels: Tensor
     stage: Tensor
     since: Tensor
-    evidence: Tensor
     best_x: Tensor
     best_loss: Tensor
     best_evidence: Tensor
+    trail: Tensor
+    trace: Tensor
+    trail_loss: Tensor
     last_loss: Tensor
     still: Tensor
     mark_loss: Tensor
@@ -64,7 +66,8 @@ class Settings:
     Attributes:
         objective: see `qleak.attacks.objectives`.
         labels: "joint" optimises soft labels with the image, "inferred" reads them off first, "errors"
-            optimises the output error from its decoded value (see `cells`).
+            optimises the output error from its decoded value (see `cells`), "auto" does so where a code
+            has more than two bits and infers labels elsewhere.
         slack: unit in which output errors move, in parts of their decoded norm.
         weights: prior weight of each stage; one stage of weight 0 means no prior.
         fade: factor between stages, for a last stage on a channel that is not exact.
@@ -73,7 +76,8 @@ class Settings:
         box: weight of the penalty on pixels outside [0, 1], times the prior weight or 1.
         patience: closures without 1 % improvement after which a lane counts as converged; 0 never.
         tolerance: a lane whose loss changes by less than this for 20 closures on end has converged; 0 never.
-        gain: a stage that lowers the evidence by less than this share is the last one.
+        gain: a stage that lowers the evidence by less than this share is the last one; see `stages.pick`.
+        path: go on to the weakest prior in any case, so that the choice can be compared with the others.
     """
 
     objective: str
@@ -89,6 +93,7 @@ class Settings:
     patience: int = 0
     tolerance: float = 0.0
     gain: float = 0.0
+    path: bool = False
     route: str = "auto"
 
 
@@ -100,7 +105,9 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         why = refuse(view.model.layers) if settings.start == "solved" else ""
         if why:
             return why
-        if settings.labels == "joint" or _infer(view) is not None:
+        if settings.labels != "joint" and view.labels is None and view.client.batch > 1:
+            return "needs labels that are given, or the gradient of one image to infer them from."
+        if settings.labels == "joint" or labels.infer(view) is not None:
             return ""
         return "needs a last linear layer with a gradient to infer the label from, or labels that are given."
 
@@ -122,22 +129,26 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
             x = torch.cat([x, bias / unit], 1)
         else:
             unit = x.new_ones(len(x), 1)
-        inferred = None if settings.labels == "joint" else _infer(view)
+        inferred = None if settings.labels == "joint" else labels.infer(view)
         lane = x.new_zeros(len(x))
         count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         known = inferred if inferred is not None else count[:, None].expand(-1, view.client.batch).clone()
         inf = lane + torch.inf
         status = count if view.evidence or has_prior else count + Status.FINISHED
         goal = objectives.goal(view, settings.objective)
-        size = vmap(tree.dot)(decoded, decoded).clamp(min=1e-30) if settings.relative else lane + 1
+        size = objectives.size(view, settings.objective, goal) if settings.relative else lane + 1
+        points = len(settings.steps)
         return MatchState(
-            x=x, optimizer=settings.optimizer.init(x), goal=goal, size=size, unit=unit, labels=known, stage=count,
-            since=count.clone(), evidence=inf, best_x=x, best_loss=inf, best_evidence=inf, last_loss=inf,
-            still=count.clone(), mark_loss=inf, mark_since=count.clone(), status=status,
+            x=x, optimizer=settings.optimizer.init(x), goal=goal, size=size, unit=unit, labels=known,
+            stage=count, since=count.clone(), best_x=x, best_loss=inf, best_evidence=inf,
+            trail=x[:, None].expand(-1, points, -1).clone() if points > 1 else x[:, None],
+            trace=inf[:, None].expand(-1, points).clone(), trail_loss=inf[:, None].expand(-1, points).clone(),
+            last_loss=inf, still=count.clone(), mark_loss=inf, mark_since=count.clone(), status=status,
         )  # fmt: skip
 
     def given(view: View) -> str:
-        known = settings.labels == "errors" and view.client.batch == 1 and not view.client.rows
+        wanted = settings.labels == "errors" or (settings.labels == "auto" and labels.readable(view))
+        known = wanted and view.client.batch == 1 and not view.client.rows
         return "errors" if known and labels.last_bias(view.params, view.model.classes) is not None else "labels"
 
     def split(view: View, state: MatchState) -> tuple[Tensor, Tensor]:
@@ -153,7 +164,9 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
 
     def step(view: View, state: MatchState) -> tuple[MatchState, Info]:
         images, target = split(view, state)
-        weights = torch.tensor(_weights(settings, view), dtype=images.dtype, device=images.device)
+        weights = torch.tensor(
+            stages.weights(settings.weights, settings.fade, view), dtype=images.dtype, device=images.device
+        )
         weight = weights[state.stage]
         evidence, dx, dt = _evidence(view, settings, state, images, target, given(view))
         gradient = [dx.flatten(1)]
@@ -185,34 +198,33 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         state = _advance(settings, view, state)
         return state, Info(state.best_loss, state.status)
 
+    def excess(view: View, state: MatchState) -> Tensor:
+        """By what share the truth is expected to miss the best fit, `[lane]`; 0 where the message is exact."""
+        if not (settings.relative and view.evidence and objectives.is_noisy(view, settings.objective)):
+            return torch.zeros_like(state.size)
+        images, target = split(view, state._replace(x=state.best_x))
+        update = vmap(lambda x, t: routes.update_of(view, x, t, given(view)))(images, target)
+        count = objectives.effective(update, state.goal)
+        pixels = torch.Size(images.shape[1:]).numel()
+        return pixels / (count - pixels).clamp(min=1)
+
     def read(view: View, state: MatchState) -> Guess:
-        best = state._replace(x=torch.where(state.best_loss.isfinite()[:, None], state.best_x, state.x))
-        images, target = split(view, best)
+        state = _recorded(state, torch.ones_like(state.status, dtype=torch.bool))
+        chosen, _ = stages.pick(state.trace, excess(view, state), settings.gain)
+        at = torch.arange(len(chosen), device=chosen.device)
+        images, target = split(view, state._replace(x=state.trail[at, chosen]))
         guessed = target.argmax(-1) if settings.labels == "joint" else state.labels
-        return Guess(images, guessed, torch.where(state.best_loss.isfinite(), state.best_loss, torch.inf))
+        path = None
+        if settings.path:  # stages not reached repeat the one handed in
+            there = state.trace.isfinite()[..., None]
+            pixels = images[0].numel()
+            path = torch.where(there, state.trail, state.trail[at, chosen][:, None])[..., :pixels]
+            path = path.unflatten(2, images.shape[1:])
+        return Guess(images, guessed, state.trail_loss[at, chosen], path)
 
     return Attack(
         draw, init, step, read, sum(settings.steps), applies, tuple(papers), has_prior, settings.start != "solved"
     )
-
-
-def _infer(view: View) -> Tensor | None:
-    if view.labels is not None:
-        return view.labels
-    decoded = view.decoded()
-    found = labels.bias_sign(decoded, view.model.classes)
-    return found if found is not None else labels.idlg(decoded, view.model.classes)
-
-
-def _weights(settings: Settings, view: View) -> list[float]:
-    """The prior only vanishes where the message pins the gradient to a point."""
-    if settings.weights[-1] or len(settings.weights) == 1:
-        return list(settings.weights)
-    exact = not any(s.kind in ("code", "select") or s.noise for s in view.channel.stages)
-    return [
-        *settings.weights[:-1],
-        0.0 if exact else settings.weights[-2] * settings.fade,
-    ]
 
 
 def _evidence(
@@ -247,18 +259,28 @@ def _advance(settings: Settings, view: View, state: MatchState) -> MatchState:
         state = state._replace(status=torch.where(stuck, Status.CONVERGED, state.status))
     budget = torch.tensor(settings.steps, device=state.x.device)
     over = (state.since >= budget[state.stage]) & (state.status == Status.ACTIVE)
+    state = _recorded(state, over)
     final = state.stage == len(settings.steps) - 1
-    # Evidence of 1 is what an update of zero has: a prior that still drowns the message proves nothing.
-    level = (state.best_evidence >= (1 - settings.gain) * state.evidence) & (state.best_evidence < 0.1)
-    done = over & (final | (level & bool(settings.gain)))
+    whole = settings.path or objectives.is_noisy(view, settings.objective)
+    settled = stages.pick(state.trace, torch.zeros_like(state.size), settings.gain)[1]
+    done = over & (final | (settled & (not whole)))
     following = over & ~done
-    lane = following[:, None]
     return state._replace(
         status=torch.where(done, Status.FINISHED, state.status),
         stage=state.stage + following,
         since=torch.where(following, 0, state.since),
-        evidence=torch.where(following, state.best_evidence, state.evidence),
-        x=torch.where(lane, state.best_x, state.x),
+        x=torch.where(following[:, None], state.best_x, state.x),
         best_loss=torch.where(following, torch.inf, state.best_loss),
         optimizer=settings.optimizer.restart(state.optimizer, following),
+    )
+
+
+def _recorded(state: MatchState, over: Tensor) -> MatchState:
+    """The best of the present stage, written into the trail of the lanes `over`."""
+    here = over[:, None] & (torch.arange(state.trace.shape[1], device=over.device) == state.stage[:, None])
+    here = here & state.best_loss.isfinite()[:, None]
+    return state._replace(
+        trail=torch.where(here[..., None], state.best_x[:, None], state.trail),
+        trace=torch.where(here, state.best_evidence[:, None], state.trace),
+        trail_loss=torch.where(here, state.best_loss[:, None], state.trail_loss),
     )

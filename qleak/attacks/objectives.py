@@ -1,9 +1,9 @@
 """How far an update lies from a message: the attacker's evidence term.
 
-Most messages pin the update to a convex set: a point for numbers sent in clear, a box of cells for
-codes. The misfit is then the squared distance to that set, |u − P(u)|², with slope 2(u − P(u)), and
-all an objective needs is the projection P. What can be worked out from the message once (the
-decoded point, the ends of the cells) is its `goal`.
+Most messages pin the update to a box: a point for numbers sent in clear, an interval for codes, a point
+with a known spread for codes drawn by a coin. The misfit is then Σ w·dist(u, [lo, hi])², and what can be
+worked out from the message once (the box and its weights) is the objective's `goal`. The other readings
+go through the channel's own likelihood.
 """
 
 from __future__ import annotations
@@ -16,18 +16,29 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from qleak import tree
+from qleak.channels import Channel
+from qleak.channels.legs import likes_of
+from qleak.channels.repeat import Rounds
 from qleak.check import one_of
 from qleak.client import View
-from qleak.types import Tree
+from qleak.types import Message, Tree
 
-OBJECTIVES = ("l2", "cells")
+OBJECTIVES = ("cells", "l2", "weighted", "cosine", "straight_through")
+
+
+class Box(NamedTuple):
+    """lo ≤ u ≤ hi with weight w per tensor or coordinate, stacked over lanes."""
+
+    lo: Tree
+    hi: Tree
+    weight: Tree
 
 
 class Objective(NamedTuple):
-    """`misfit(update, goal) -> scalar` of one lane; `project(update, goal)` where it is a distance to a set."""
+    """`misfit(update, goal) -> scalar` of one lane; `box`: the goal is a `Box`, so that a projection is enough."""
 
     misfit: Callable[[Tree, Any], Tensor]
-    project: Callable[[Tree, Any], Tree] | None
+    box: bool
 
 
 def objective(view: View, kind: str) -> Objective:
@@ -35,41 +46,167 @@ def objective(view: View, kind: str) -> Objective:
 
     - "l2": Σ‖g′ − decoded‖² over all tensors, whatever the channel was: the attacker of 2019 (no ½, sum
       over layers; Zhu et al. 2019, equation 4).
-    - "cells": the channel's own misfit: zero inside the message's cell, a likelihood where there is
-      noise. On the identity channel it is the same as "l2".
+    - "weighted": the same with 1/step² of every tensor as weight: least squares for rounding errors.
+    - "cosine": 1 − cos(g′, decoded) (Geiping et al. 2020, equation 4).
+    - "straight_through": ‖Q(g′) − decoded‖² with the quantizer's derivative taken as the identity (Bengio et al. 2013).
+    - "cells": the channel's own reading: zero inside the message's cell; behind a coin or noise a
+      Gaussian of the code's own variance, which keeps L-BFGS smooth where the exact likelihood has kinks;
+      elsewhere the exact likelihood. On the identity channel it is the same as "l2".
     """
     one_of(OBJECTIVES, objective=kind)
-    if kind == "l2" or not view.channel.stages:
-        return _distance_to(lambda update, decoded: decoded)
-    if view.channel.has_cell(view.leg):
-        return _distance_to(lambda update, cell: {k: v.clamp(cell[0][k], cell[1][k]) for k, v in update.items()})
+    if kind == "cosine":
+        return Objective(_cosine, False)
     knobs = view.channel.knobs(device=next(iter(view.params.values())).device)
-    return Objective(lambda update, m: view.channel.misfit(knobs, m, update, view.like, view.leg), None)
+    if kind == "straight_through" and _has_middle(view):
+        return Objective(lambda u, goal: _straight_through(view, knobs, u, goal), False)
+    if kind == "cells" and not (_is_plain(view) or _has_cell(view) or _has_moments(view)):
+        return Objective(lambda u, m: view.channel.misfit(knobs, m, u, view.like, view.leg, moments=True), False)
+    return Objective(_distance, True)
 
 
 def goal(view: View, kind: str) -> Any:
     """What `objective` needs of the messages, worked out once and stacked over lanes."""
-    if kind == "l2" or not view.channel.stages:
+    knobs = view.channel.knobs(device=next(iter(view.params.values())).device)
+    if kind == "cosine":
         return view.decoded()
-    if view.channel.has_cell(view.leg):
-        knobs = view.channel.knobs(device=next(iter(view.params.values())).device)
-        return vmap(lambda m: view.channel.cell(knobs, m, view.like, view.leg))(view.message)
-    return view.message
+    if kind == "straight_through" and _has_middle(view):
+        return view.decoded()
+    if kind == "weighted" and view.channel.stages:
+        return vmap(lambda m: _weighted(view, knobs, m))(view.message)
+    if kind == "cells" and not _is_plain(view):
+        if _has_cell(view):
+            lo, hi = vmap(lambda m: view.channel.cell(knobs, m, view.like, view.leg))(view.message)
+            return Box(lo, hi, _ones(lo))
+        if _has_moments(view):
+            return vmap(lambda m: _moments(view, knobs, m))(view.message)
+        return view.message
+    decoded = view.decoded()
+    return Box(decoded, decoded, _ones(decoded))
+
+
+def is_noisy(view: View, kind: str) -> bool:
+    """Whether the message gives numbers with a random error, so that even the truth does not fit it exactly."""
+    return kind == "cells" and bool(view.channel.stages) and not _has_cell(view) and _has_moments(view)
+
+
+def effective(update: Tree, goal: Box) -> Tensor:
+    """How many of a message's errors count, `[lane]`: 2.4·(Σ r²)²/Σ r⁴ of the weighted residuals r.
+
+    2.4 is E r⁴/(E r²)² of a fair coin between two grid points, at its average over the place between
+    them: a fine grid gives all coordinates, a grid so coarse that most codes are zero the few others.
+    """
+    squares = [goal.weight[k] * (u - goal.lo[k]).square() for k, u in update.items()]
+    total = torch.stack([q.flatten(1).sum(1) for q in squares]).sum(0)
+    fourth = torch.stack([q.flatten(1).square().sum(1) for q in squares]).sum(0)
+    return 2.4 * total.square() / fourth.clamp(min=1e-38)
+
+
+def size(view: View, kind: str, goal: Any) -> Tensor:
+    """The misfit of an update of zero, `[lane]`, so that evidence runs from 1 to 0 on every net and channel."""
+    if kind == "cells" and view.channel.stages and not view.channel.has_cell(view.leg):
+        zero = {k: v.new_zeros(view.lanes, *v.shape) for k, v in view.like.items()}
+        return value_and_slope(objective(view, kind), zero, goal)[0].clamp(min=1e-30)
+    if kind == "cosine":
+        return torch.ones(view.lanes, device=next(iter(view.params.values())).device)
+    decoded = view.decoded()
+    if kind == "weighted" and isinstance(goal, Box):
+        zero = {k: torch.zeros_like(v) for k, v in decoded.items()}
+        return value_and_slope(objective(view, kind), zero, goal)[0].clamp(min=1e-30)
+    return vmap(tree.dot)(decoded, decoded).clamp(min=1e-30)
 
 
 def value_and_slope(objective: Objective, update: Tree, goal: Any) -> tuple[Tensor, Tree]:
     """Misfit `[lane]` and its gradient in the update, for all lanes: `{name: [lane …]}` each."""
-    if objective.project is None:
+    if not objective.box:
         slope, value = vmap(grad_and_value(objective.misfit))(update, goal)
         return value, slope
-    error = tree.sub(update, objective.project(update, goal))
-    value = torch.stack([torch.linalg.vector_norm(v.flatten(1), dim=1).square() for v in error.values()]).sum(0)
-    return value, {k: v.mul_(2) for k, v in error.items()}
+    error = {k: u - u.clamp(goal.lo[k], goal.hi[k]) for k, u in update.items()}
+    pull = {k: e * goal.weight[k] for k, e in error.items()}
+    value = torch.stack([(e.flatten(1) * pull[k].flatten(1)).sum(1) for k, e in error.items()]).sum(0)
+    return value, {k: v.mul_(2) for k, v in pull.items()}
 
 
-def _distance_to(project: Callable[[Tree, Any], Tree]) -> Objective:
-    def misfit(update: Tree, goal: Any) -> Tensor:
-        error = tree.sub(update, project(update, goal))
-        return tree.dot(error, error)
+def _distance(update: Tree, goal: Box) -> Tensor:
+    error = {k: u - u.clamp(goal.lo[k], goal.hi[k]) for k, u in update.items()}
+    return torch.stack([(goal.weight[k] * e.square()).sum() for k, e in error.items()]).sum()
 
-    return Objective(misfit, project)
+
+def _cosine(update: Tree, decoded: Tree) -> Tensor:
+    lengths = (tree.dot(update, update) * tree.dot(decoded, decoded)).clamp(min=1e-30).sqrt()
+    return 1 - tree.dot(update, decoded) / lengths
+
+
+STILL = {"uniform": 0.5, "normal": 0.0, "laplace": 0.0}
+"""The middle of every draw: rounding to nearest, no noise."""
+
+
+def _straight_through(view: View, knobs: Any, update: Tree, decoded: Tree) -> Tensor:
+    channel, like = Channel(view.channel.legs), view.like
+    noise = []
+    for leg in channel.legs:
+        shapes = likes_of(leg.stages, {k: v.detach() for k, v in update.items()})
+        noise.append(
+            tuple(
+                {k: torch.full_like(v, STILL[stage.noise]) for k, v in shape.items()} if stage.noise else {}
+                for stage, shape in zip(leg.stages, shapes, strict=False)
+            )
+        )
+    still = {k: v.detach() for k, v in update.items()}
+    messages, _ = channel.send(knobs, still, tuple(noise), channel.init(like), like)
+    sent = channel.receive(knobs, messages[-1], like)
+    error = {k: u + (sent[k] - still[k]) - decoded[k] for k, u in update.items()}
+    return tree.dot(error, error)
+
+
+def _has_middle(view: View) -> bool:
+    """A channel that can be sent without drawing: nobody knows which coordinates a coin would have kept."""
+    stages = view.channel.stages
+    return bool(stages) and not any(s.kind == "join" or (s.kind == "select" and s.noise) for s in stages)
+
+
+def _weighted(view: View, knobs: Any, message: Message) -> Box:
+    """Weight 1/step² of every tensor, step being the middle cell's width, or the decoded numbers' size where it is open."""
+    decoded = view.channel.receive(knobs, message, view.like, view.leg)
+    size = {k: v.square().mean().sqrt() if v.numel() else v.new_ones(()) for k, v in decoded.items()}
+    step = size
+    if _has_cell(view):
+        lo, hi = view.channel.cell(knobs, message, view.like, view.leg)
+        wide = {k: (hi[k] - lo[k]).flatten() for k in lo if lo[k].numel()}
+        middle = {k: w.kthvalue((w.numel() + 1) // 2).values for k, w in wide.items()}
+        step = {k: torch.where(middle[k].isfinite(), middle[k], size[k]) if k in middle else size[k] for k in size}
+    elif _has_moments(view):
+        step = {k: w.clamp(min=1e-30).rsqrt().sum() for k, w in _moments(view, knobs, message).weight.items()}
+    weight = {k: (1 / v.clamp(min=1e-15).square()).reshape((1,) * decoded[k].ndim) for k, v in step.items()}
+    return Box(decoded, decoded, weight)
+
+
+def _moments(view: View, knobs: Any, message: Message) -> Box:
+    """Decoded number of every coordinate and ½/variance of every tensor; several rounds count as their mean."""
+    channel = view.channel
+    if isinstance(channel, Rounds):
+        at, var = vmap(lambda m: channel.moments(knobs, m, view.like, view.leg))(message)
+        at, var = {k: v.mean(0) for k, v in at.items()}, {k: v.mean(0) / channel.times for k, v in var.items()}
+    else:
+        at, var = channel.moments(knobs, message, view.like, view.leg)
+    # One weight a tensor: buckets of very unequal norm would make a problem that L-BFGS cannot walk through.
+    mean = {k: v.sum() / max(v.numel(), 1) for k, v in var.items()}
+    known = torch.stack([torch.where(v > 0, v, torch.inf) for v in mean.values()]).amin()
+    best = torch.where(known.isfinite(), known, 1)  # a tensor that was sent exactly weighs like the best-known one
+    weight = {k: (0.5 / torch.where(v > 0, v, best)).reshape((1,) * at[k].ndim) for k, v in mean.items()}
+    return Box(at, at, weight)
+
+
+def _is_plain(view: View) -> bool:
+    return not view.channel.stages
+
+
+def _has_cell(view: View) -> bool:
+    return view.channel.has_cell(view.leg)
+
+
+def _has_moments(view: View) -> bool:
+    return view.channel.has_moments(view.leg)
+
+
+def _ones(like: Tree) -> Tree:
+    return {k: v.new_ones(len(v), *(1,) * (v.ndim - 1)) for k, v in like.items()}

@@ -168,6 +168,17 @@ class Channel:
         stages = self.legs[0].stages
         return i == 0 and bool(stages) and all(s.cell and not s.clear and not s.noise for s in stages)
 
+    def has_moments(self, leg: int = -1) -> bool:
+        """Whether `moments` exist and say more than a cell: additive noise and a code, at least one of them random."""
+        i = leg % len(self.legs)
+        stages = self.legs[0].stages
+        readable = all(s.moments or (s.kind == "value" and s.noise) for s in stages)
+        return i == 0 and readable and any(s.noise for s in stages)
+
+    def moments(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> tuple[Tree, Tree]:
+        """(where, variance) of the numbers in front of the leg, coordinate by coordinate, read as Gaussians."""
+        return legs.moments_leg(self.legs[leg % len(self.legs)].stages, like, knobs[leg], message)
+
     def cell(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> tuple[Tree, Tree]:
         """Bounds on the value in front of the leg's own select and code stages, given the message.
 
@@ -184,12 +195,15 @@ class Channel:
             knobs[i], message
         )
 
-    def misfit(self, knobs: Knobs, message: Message, guess: Tree, like: Tree, leg: int = -1) -> Tensor:
+    def misfit(
+        self, knobs: Knobs, message: Message, guess: Tree, like: Tree, leg: int = -1, moments: bool = False
+    ) -> Tensor:
         """Negative log-likelihood of one leg's message given the client's rows `guess`: a 0-dim tensor.
 
         The guess is pushed through every stage in front of the leg's last code, and that code is read:
         an interval, a half-line, a Bernoulli or a density. Zero (or the least value) at the truth
-        where `facts(like).exact` and the channel draws nothing.
+        where `facts(like).exact` and the channel draws nothing. With `moments`, codes drawn by a coin are
+        read as Gaussians: smooth, and close to the likelihood.
         """
         i = leg % len(self.legs)
         belief = Belief(guess, {})
@@ -200,7 +214,7 @@ class Channel:
                 push = functools.partial(legs.push_leg, before.stages, like)
                 belief = _mapped(push, self.depth(j), (None, 0))(knobs[j], belief)
         law = self.law(leg, like).law
-        read = functools.partial(legs.read_leg, self.legs[i].stages, like, law)
+        read = functools.partial(legs.read_leg, self.legs[i].stages, like, law, moments=moments)
         return _mapped(read, self.depth(i), (None, 0, 0))(knobs[i], message, belief).sum()
 
 

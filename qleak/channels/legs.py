@@ -74,8 +74,27 @@ def cell_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) 
     return lo, hi
 
 
-def read_leg(stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message: Message, belief: Belief) -> Tensor:
-    """Negative log-likelihood of the message, summed: what is dropped, then the last code (or the numbers themselves)."""
+def moments_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> tuple[Tree, Tree]:
+    """The numbers in front of a leg of additive noise and a code, as a Gaussian: where, and how wide."""
+    var: Tree = {}
+    at = message.code
+    for stage, knob, side in zip(stages, knobs, message.side, strict=True):
+        if stage.kind == "code":
+            assert stage.moments is not None, stage.name
+            at, wide = stage.moments(knob, message.code, side, like)
+            var = {k: v + var.get(k, 0) for k, v in wide.items()}
+        else:
+            var = stage.push(knob, Belief({k: torch.zeros_like(v) for k, v in like.items()}, var), side).var
+    return at, var
+
+
+def read_leg(
+    stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message: Message, belief: Belief, moments: bool = False
+) -> Tensor:
+    """Negative log-likelihood of the message, summed: what is dropped, then the last code (or the numbers themselves).
+
+    With `moments`, codes drawn by a coin are read as Gaussians of their own variance.
+    """
     likes = likes_of(stages, like)
     code = stages[-1] if stages and stages[-1].kind == "code" else None
     misfit, kept = [], (message.code, message.code)
@@ -93,7 +112,11 @@ def read_leg(stages: Sequence[Stage], like: Tree, law: str, knobs: Any, message:
             assert stage.dropped is not None, stage.name
             misfit.append(stage.dropped(side, belief, kept, law))
         belief = stage.push(knob, belief, side)
-    if code:
+    if code and moments and code.noise and code.moments:
+        at, wide = code.moments(knobs[-1], message.code, message.side[-1], likes[-2])
+        least = {k: v.clamp(min=1e-30) + belief.var.get(k, 0) for k, v in wide.items()}
+        misfit.append({k: (m - at[k]).square() / (2 * least[k]) for k, m in belief.mean.items()})
+    elif code:
         assert code.read is not None
         misfit.append(code.read(knobs[-1], message.code, message.side[-1], belief, law))
     else:

@@ -103,6 +103,12 @@ def _magnitude(name: str, cut: Groups, norm: str, levels: float, clip: float) ->
             lows[k], highs[k] = widen(low, high) if c.numel() else (low, high)
         return lows, highs
 
+    def moments(knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> tuple[Tree, Tree]:
+        """The decoded number; its coin's variance f(1 − f)step² at the average over f."""
+        steps = {k: step_of(knobs, side["norm"][k].to(v.dtype), v) for k, v in like.items()}
+        at = {k: c.to(steps[k].dtype) * steps[k] for k, c in code.items()}
+        return at, {k: v.square() / 6 for k, v in steps.items()}
+
     def clear(knobs: dict[str, Tensor], side: Side, mean: Tree) -> Tree:
         """The norm in clear as an equation (L2 only; the largest magnitude is a bound, and in the cell)."""
         if norm != "l2":
@@ -130,6 +136,6 @@ def _magnitude(name: str, cut: Groups, norm: str, levels: float, clip: float) ->
         return 32.0 * cut.sides(after)
 
     return Stage(
-        name, "code", send, push, receive, fold, read, cell, cost=cost, clear=clear,
+        name, "code", send, push, receive, fold, read, cell, cost=cost, clear=clear, moments=moments,
         knobs={"levels": levels}, noise="uniform",
     )  # fmt: skip

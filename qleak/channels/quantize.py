@@ -69,7 +69,7 @@ def uniform(
 
     return Stage(
         "uniform", "code", send, push, grid.receive, _fold(n, False), read, cell, cost=grid.cost,
-        knobs={"levels": float(n)},
+        knobs={"levels": float(n)}, moments=lambda k, code, side, like: grid.moments(k, code, side, like, 1 / 12),
     )  # fmt: skip
 
 
@@ -117,6 +117,7 @@ def stochastic(
     return Stage(
         "stochastic", "code", send, push, grid.receive, _fold(n, True), read, cell, cost=grid.cost,
         knobs={"levels": float(n)}, noise="uniform",
+        moments=lambda k, code, side, like: grid.moments(k, code, side, like, 1 / 6),
     )  # fmt: skip
 
 
@@ -162,6 +163,11 @@ class Grid(NamedTuple):
             low, high = torch.maximum(at - half * step, lo), torch.minimum(at + half * step, hi)
             lows[k], highs[k] = widen(low, high) if c.numel() else (low, high)
         return lows, highs
+
+    def moments(self, knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree, factor: float) -> tuple[Tree, Tree]:
+        """Decoded numbers, and factor·step²."""
+        pairs = {k: self.centre(knobs, c, side, k, like[k]) for k, c in code.items()}
+        return {k: p[0] for k, p in pairs.items()}, {k: factor * p[1].square() for k, p in pairs.items()}
 
     def blur(self, knobs: dict[str, Tensor], belief: Belief, factor: float) -> Belief:
         """The belief of someone who does not see the code: step from the guess itself, variance factor·step²."""

@@ -87,7 +87,9 @@ class Rounds(Channel):
         lo, hi = vmap(lambda m: one(knobs, m, like, leg))(message)
         return {k: v.amax(0) for k, v in lo.items()}, {k: v.amin(0) for k, v in hi.items()}
 
-    def misfit(self, knobs: Knobs, message: Message, guess: Tree, like: Tree, leg: int = -1) -> Tensor:
+    def misfit(
+        self, knobs: Knobs, message: Message, guess: Tree, like: Tree, leg: int = -1, moments: bool = False
+    ) -> Tensor:
         """The sum over rounds."""
         one = super().misfit
-        return vmap(lambda m: one(knobs, m, guess, like, leg))(message).sum()
+        return vmap(lambda m: one(knobs, m, guess, like, leg, moments))(message).sum()

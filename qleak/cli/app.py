@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qleak.cli import recipes
+from qleak.cli.evaluate import evaluate
 
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
@@ -17,6 +18,7 @@ recipe = typer.Typer(help="Experiments: list, show, run, copy.", **PLAIN)
 sets = typer.Typer(help="Data sets: what is here, and how to get the rest.", **PLAIN)
 app.add_typer(recipe, name="recipe")
 app.add_typer(sets, name="data")
+app.command()(evaluate)
 
 Name = Annotated[str, typer.Argument(help="A recipe's name, or ./a_file.py.", autocompletion=recipes.names)]
 
@@ -114,3 +116,17 @@ def report(
 
     terminal.show(run)
     print(html.write(run, out or run / "report.html"))
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[str], typer.Argument(help="Run folders, or names of folders below --out.")],
+    html: Annotated[Path | None, typer.Option(help="Write one page: the frontier, the table, links.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="Write the table as CSV.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON in place of the table.")] = False,
+    out: Annotated[Path, typer.Option(help="Where run folders lie.")] = Path("runs"),
+) -> None:
+    """Audits and trainings side by side: what each channel leaks, and what can be learnt through it."""
+    from qleak.cli import compare
+
+    compare.run(runs, html, csv, json, out)

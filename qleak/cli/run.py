@@ -222,7 +222,7 @@ def _folder(common: Common, recipe: str, plan: Plan) -> Path:
 
 
 def _gate(header: dict[str, Any], limit: float | None) -> None:
-    worst = max((s["psnr_selected_max"] for s in header["summary"] if s["control"] == "none"), default=0.0)
+    worst = max((s["psnr_selected_max"] for s in header["summary"] if s.get("control") == "none"), default=0.0)
     if limit is not None and worst > limit:
         print(f"qleak: a reconstruction of {worst:.1f} dB exceeds --fail-above {limit:g}.", file=sys.stderr)
         raise typer.Exit(3)

@@ -23,7 +23,7 @@ from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.jobs import Done, Job
 from qleak.metrics import Secret
 from qleak.plans import Audit, Chunk
-from qleak.scoring import score_group, summarise
+from qleak.scoring import rate_path, score_group, summarise
 from qleak.store import Run
 from qleak.types import Buffers, Guess, Message, Params, Tree
 
@@ -36,6 +36,7 @@ class Prepared(NamedTuple):
     buffers: Buffers
     messages: list[list[Message]]
     bits: list[float]
+    coded: list[float]
     epsilon: list[float | None]
 
 
@@ -56,7 +57,7 @@ def prepare(plan: Audit) -> Prepared:
     updates = [plan.client.update(plan.model, params, buffers, a.to(dtype), b) for a, b in zip(x, y, strict=True)]
     for update in updates:
         finite(gradient=update)
-    messages, bits, eps = [], [], []
+    messages, bits, coded, eps = [], [], [], []
     for channel in plan.channels:
         knobs, rows = channel.knobs(), (plan.client.batch,) * plan.client.rows
         sent = []
@@ -65,8 +66,9 @@ def prepare(plan: Audit) -> Prepared:
             sent.append(channel.send(knobs, update, noise, channel.init(params), params)[0][-1])
         messages.append(sent)
         bits.append(channel.bits(sent[0], params) / tree.count(params))
+        coded.append(sum(channel.bits(m, params, coded=True) for m in sent) / len(sent) / tree.count(params))
         eps.append(epsilon(channel.facts(params).event, plan.delta))
-    return Prepared(Secret(x, y), params, buffers, messages, bits, eps)
+    return Prepared(Secret(x, y), params, buffers, messages, bits, coded, eps)
 
 
 def _victims(plan: Audit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,7 +126,9 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
                 lanes = [(k, done[k.key]) for k in mine]
                 fresh = [
                     r
-                    for r in score_group(plan, prepared.secret, c, a, prepared.bits[c], prepared.epsilon[c], lanes)
+                    for r in score_group(
+                        plan, prepared.secret, c, a, prepared.bits[c], prepared.coded[c], prepared.epsilon[c], lanes
+                    )
                     if r["key"] not in written
                 ]
                 if fresh:
@@ -138,6 +142,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
         if isinstance(event, Step):
             yield event
             continue
+        event = rate_path(event, next(c for c in chunks if c.key == event.key), prepared.secret)
         store.save(f"chunk-{event.key}", _tensors(event))
         done[event.key] = event
         yield from groups()
@@ -233,10 +238,13 @@ def _tensors(done: Done) -> Tree:
         "x": done.guess.x, "labels": done.guess.labels, "loss": done.guess.loss, "status": done.status,
         "closures": done.closures, "curve": done.curve, "curve_at": done.curve_at,
         "cpu_s": torch.tensor(done.cpu_s, dtype=torch.float64),
+        **({} if done.path_psnr is None else {"path_psnr": done.path_psnr}),
     }  # fmt: skip
 
 
 def _load(store: Run, chunk: Chunk) -> Done:
     t = store.load(f"chunk-{chunk.key}")
     guess = Guess(t["x"], t["labels"], t["loss"])
-    return Done(chunk.key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]))
+    return Done(
+        chunk.key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]), t.get("path_psnr")
+    )

@@ -9,11 +9,12 @@ from typing import Any
 
 from qleak.plans.audit import CONTROLS, Audit, Chunk, Lane
 from qleak.plans.base import SCHEMA, label, read
+from qleak.plans.training import Member, Training
 
-Plan = Audit
-KINDS: dict[str, type[Plan]] = {"audit": Audit}
+Plan = Audit | Training
+KINDS: dict[str, type[Plan]] = {"audit": Audit, "training": Training}
 
-__all__ = ["CONTROLS", "KINDS", "SCHEMA", "Audit", "Chunk", "Lane", "Plan", "from_json", "label"]
+__all__ = ["CONTROLS", "KINDS", "SCHEMA", "Audit", "Chunk", "Lane", "Member", "Plan", "Training", "from_json", "label"]
 
 
 def from_json(text: dict[str, Any]) -> Any:

@@ -47,6 +47,7 @@ class Audit(Written):
         client: what the client computes.
         restarts: dummy starts per victim: one number, or one per victim.
         controls: control lanes per victim and arm (prior-only and wrong-gradient).
+        wrong: victims that get a wrong-gradient lane in an arm, another one from channel to channel; 0: all.
         seed: root of every draw.
         success: PSNR in dB from which a reconstruction counts, if it beats both controls as well.
         chunk: lanes that run together; part of the plan because the last ulp depends on it.
@@ -68,12 +69,13 @@ class Audit(Written):
     chunk: int = 16
     dtype: str = "float32"
     delta: float = 1e-5
+    wrong: int = 0
 
     kind: ClassVar[str] = "audit"
 
     def __post_init__(self) -> None:
-        whole(seed=self.seed, model_seed=self.model_seed, controls=self.controls, chunk=self.chunk)
-        at_least(0, seed=self.seed, model_seed=self.model_seed, controls=self.controls)
+        whole(seed=self.seed, model_seed=self.model_seed, controls=self.controls, chunk=self.chunk, wrong=self.wrong)
+        at_least(0, seed=self.seed, model_seed=self.model_seed, controls=self.controls, wrong=self.wrong)
         at_least(1, chunk=self.chunk, victims=len(self.victims), channels=len(self.channels), attacks=len(self.attacks))
         positive(success=self.success)
         between(0, 1, delta=self.delta)
@@ -116,8 +118,8 @@ class Audit(Written):
         found = []
         for c in range(len(self.channels)):
             for a in range(len(self.attacks)):
-                with_ = list(self._lanes(("none", "wrong-gradient"), self.attacks[a].restarts))
-                without = list(self._lanes(("prior-only",), self.attacks[a].restarts))
+                with_ = list(self._lanes(c, ("none", "wrong-gradient"), self.attacks[a].restarts))
+                without = list(self._lanes(c, ("prior-only",), self.attacks[a].restarts))
                 for name, lanes in (("lanes", with_), ("prior", without)):
                     for start in range(0, len(lanes), self.chunk):
                         some = tuple(lanes[start : start + self.chunk])
@@ -125,11 +127,14 @@ class Audit(Written):
                         found.append(Chunk(key, c, a, name == "lanes", some))
         return found
 
-    def _lanes(self, controls: tuple[str, ...], random: bool) -> Iterator[Lane]:
+    def _lanes(self, channel: int, controls: tuple[str, ...], random: bool) -> Iterator[Lane]:
         for control in controls:
             if control == "wrong-gradient" and len(self.victims) == 1:
                 continue  # there is nobody else's message to take
             for victim, restarts in enumerate(self.restart_counts()):
+                turn = (victim - channel * self.wrong) % len(self.victims)
+                if control == "wrong-gradient" and self.wrong and turn >= self.wrong:
+                    continue
                 number = restarts if control == "none" else self.controls
                 for restart in range(number if random else min(number, 1)):
                     yield Lane(victim, restart, control)

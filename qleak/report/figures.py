@@ -17,6 +17,7 @@ from einops import rearrange
 from qleak.errors import Expected, did_you_mean
 from qleak.report.stored import Arm, Stored, by_arm, load, rgb, write_file
 from qleak.report.words import floor
+from qleak.store import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 # At least 3:1 against white and against the report's dark background.
 COLOURS = ("#3a7bd5", "#d0602b", "#17906b", "#b0509e", "#8a7a00", "#7a66c9")
 STYLES = ("-", "--", "-.", ":")
+LEGEND = 8  # channels that fit a panel's own legend
+DOTS = 3000  # more of them become a picture inside the SVG
 INK = "#0a0b0c"  # stands for the page's text colour until the SVG is written
 
 
@@ -82,6 +85,11 @@ def grid(folder: Path, out_png: Path, columns: Sequence[Arm] | Mapping[Arm, str]
     return write_file(out_png, png.getvalue())
 
 
+def most_curves(run: Stored) -> int:
+    """Lanes of an arm whose losses are drawn: fewer where arms are many, so that the page stays light."""
+    return max(2, min(24, 480 // max(len(run.arms()), 1)))
+
+
 def loss_curves(run: Stored) -> str:
     """The attackers' own losses against closures as SVG: a panel per attack, a colour per channel.
 
@@ -91,7 +99,7 @@ def loss_curves(run: Stored) -> str:
 
     panels: dict[str, dict[str, list[Any]]] = {}
     for channel, attack in run.arms():
-        curves = [c for c in run.curves((channel, attack)) if len(c.at) > 1]
+        curves = [c for c in run.curves((channel, attack), most_curves(run)) if len(c.at) > 1]
         if curves:
             panels.setdefault(attack, {})[channel] = curves
     if not panels:
@@ -114,10 +122,16 @@ def loss_curves(run: Stored) -> str:
             axes.set(title=fill(attack, 36), xlabel="closures", ylabel="own loss" if left else "", yscale="log")
             axes.yaxis.set_major_formatter(LogFormatter())  # the usual one writes mathematics
             axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
-            axes.legend(frameon=False, fontsize=8)
-            _tidy(axes)
+            if len(channels) <= LEGEND:
+                axes.legend(frameon=False, fontsize=8)
+            tidy(axes)
+        if len(channels) > LEGEND:  # one for all panels, a line per channel
+            lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+            kept = {fill(c, 60): lines[c] for c in channels if c in lines}
+            figure.legend(kept.values(), kept.keys(), loc="outside lower center", ncols=2, frameon=False, fontsize=8)
 
-    return _svg("loss", (3.1 * min(len(panels), 3) + 0.6, 2.9 * -(-len(panels) // 3)), draw)
+    below = 0.09 * len(channels) if len(channels) > LEGEND else 0
+    return svg("loss", (3.1 * min(len(panels), 3) + 0.6, 2.9 * -(-len(panels) // 3) + below), draw)
 
 
 def psnr_bars(run: Stored) -> str:
@@ -139,22 +153,84 @@ def psnr_bars(run: Stored) -> str:
         axes.set_yticks(range(len(arms)), [fill(" · ".join(arm), 44) for arm in arms])
         axes.set(xlabel="PSNR of the selected restart, dB", xlim=(0, None))
         axes.invert_yaxis()
-        _tidy(axes)
+        tidy(axes)
 
-    return _svg("psnr", (8, 0.9 + 0.34 * len(arms)), draw)
+    return svg("psnr", (8, 0.9 + 0.34 * len(arms)), draw)
+
+
+def psnr_strips(run: Stored) -> str:
+    """PSNR of every lane as SVG: a panel per attack, a line per channel.
+
+    Dots are lanes (the selected ones ringed), the tick is the mean of the selected ones, the bar spans the quartiles,
+    the band what the controls reach: their lanes, least to greatest. Dots are placed up and down by a fixed rule.
+    """
+    arms, channels = run.arms(), _channels(run)
+    attacks = list(dict.fromkeys(attack for _, attack in arms))
+    if not arms:
+        return ""
+    lanes: dict[tuple[str, str], list[Row]] = {arm: [] for arm in arms}
+    controls: dict[tuple[str, str], list[float]] = {arm: [] for arm in arms}
+    for r in run.rows:
+        if r["psnr"] is not None and (arm := (r["channel"], r["attack"])) in lanes:
+            if r["control"] == "none":
+                lanes[arm].append(r)
+            else:
+                controls[arm].append(r["psnr"])
+    heavy = sum(map(len, lanes.values())) > DOTS
+    wide = min(len(attacks), 5)
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(-(-len(attacks) // wide), wide, sharex=True, sharey=True, squeeze=False).flatten()
+        for axes in panels[len(attacks) :]:
+            axes.set_visible(False)
+        for i, (axes, attack) in enumerate(zip(panels, attacks, strict=False)):
+            for y, channel in enumerate(channels):
+                _strip(axes, y, lanes.get((channel, attack), []), controls.get((channel, attack), []), heavy)
+            axes.axvline(run.header["plan"]["success"], color=INK, linestyle="--", linewidth=1)
+            axes.set(title=fill(attack, 24), ylim=(len(channels) - 0.5, -0.5))
+            if i + wide >= len(attacks):
+                axes.set_xlabel("PSNR, dB")
+                axes.tick_params(labelbottom=True)
+            tidy(axes)
+        panels[0].set_yticks(range(len(channels)), [fill(c, 40) for c in channels], fontsize=8)
+
+    tall = (0.34 if len(channels) < 12 else 0.26) * len(channels) + 0.9
+    return svg("strips", (2.4 + min(1.8, 8 / wide) * wide, tall * -(-len(attacks) // wide)), draw)
+
+
+def _strip(axes: Axes, y: int, lanes: list[Row], controls: list[float], heavy: bool) -> None:
+    from numpy import percentile
+
+    colour = COLOURS[y % len(COLOURS)]
+    if controls:
+        low, high = min(controls), max(controls)
+        axes.barh(y, high - low, left=low, height=0.86, color=INK, alpha=0.13, linewidth=0)
+    if not lanes:
+        return
+    psnr = [r["psnr"] for r in lanes]
+    if len(psnr) >= 8:
+        axes.plot(percentile(psnr, [25, 75]), [y, y], color=colour, linewidth=6, alpha=0.3, solid_capstyle="butt")
+    at = [y + 0.6 * ((0.618034 * i) % 1 - 0.5) for i in range(len(psnr))]
+    axes.plot(psnr, at, "o", color=colour, markersize=2.6, markeredgewidth=0, alpha=0.75, rasterized=heavy)
+    chosen = [(r["psnr"], h) for r, h in zip(lanes, at, strict=True) if r["selected"]]
+    if chosen:
+        x, h = zip(*chosen, strict=True)
+        axes.plot(x, h, "o", color="none", markeredgecolor=INK, markersize=4.4, markeredgewidth=0.7, rasterized=heavy)
+        axes.plot([sum(x) / len(x)] * 2, [y - 0.42, y + 0.42], color=colour, linewidth=2)
 
 
 def _channels(run: Stored) -> list[str]:
     return list(dict.fromkeys(channel for channel, _ in run.arms()))
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Faint grid behind, two spines."""
     axes.grid(color=INK, alpha=0.15, linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _svg(name: str, size: tuple[float, float], draw: Any) -> str:
+def svg(name: str, size: tuple[float, float], draw: Any) -> str:
     """One inline SVG: text stays text and takes the page's colour, ids are its own, nothing points outside."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -168,7 +244,7 @@ def _svg(name: str, size: tuple[float, float], draw: Any) -> str:
         for axes in figure.axes:
             axes.set_facecolor("none")
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", dpi=144, metadata={"Date": None})
     svg = text.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)

@@ -92,6 +92,9 @@ def load(folder: Path) -> Stored:
         raise Expected(f"Expected a run of kind 'audit' at {folder}, got {header.get('kind')!r}.")
     if not rows:  # the victims are stored before the first row
         return Stored(folder, header, [], {}, {}, {}, 1)
+    # The summary is in the plan's order, rows in that of the workers.
+    order = {(s["channel"], s["attack"]): i for i, s in enumerate(header.get("summary") or [])}
+    rows.sort(key=lambda r: order.get((r.get("channel"), r.get("attack")), len(order)))
     victims = store.read_tensors(folder, "victims")
     batch = victims["x"].shape[1]
     images = [start + j for start in header["plan"]["victims"] for j in range(batch)]

@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qleak.report import words
+from qleak.report import study, training, words
 from qleak.report.stored import Stored, by_arm, load, rgb
-from qleak.store import Row
+from qleak.store import Row, read_run
 
 WIDTHS = (5, 6, 7, 5, 7, 14, 5)
 SHOWN = 4
@@ -34,17 +34,26 @@ def show(folder: Path, quiet: bool = False, verbose: bool = False, console: Cons
         console: where to print; standard output by default.
 
     Raises:
-        Expected: there is no run, it is damaged, or it is not an audit.
+        Expected: there is no run, it is damaged, or of a kind that has no report.
     """
     console = console or Console(highlight=False)
-    run = load(folder)
-    if not quiet:
-        parts = [*pictures(run, console), *table(run, verbose)]
-        for part in parts:
-            console.print(part)
-    console.print(Text(words.verdict(run.header), style="bold"))
-    if not quiet:
+    kind = read_run(folder).get("kind")
+    if kind == "training":
+        trained = training.load(folder)
+        parts, verdict = [] if quiet else training.table(trained), training.verdict(trained.header)
+        command, why = training.next_step(trained.header, folder)
+    elif kind == "study":
+        joined = study.load(folder)
+        parts, verdict = [] if quiet else study.table(joined), study.verdict(joined)
+        command, why = study.next_step(joined)
+    else:
+        run = load(folder)
+        parts, verdict = [] if quiet else [*pictures(run, console), *table(run, verbose)], words.verdict(run.header)
         command, why = words.next_step(run.header, folder)
+    for part in parts:
+        console.print(part)
+    console.print(Text(verdict, style="bold"))
+    if not quiet:
         console.print(Text(f"Next ({why}):\n  {command}"))
 
 

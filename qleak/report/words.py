@@ -13,6 +13,7 @@ CONTROLS = {
     "prior-only": "The same attack without the message: what its prior draws by itself.",
     "wrong-gradient": "The same attack on another image's message: what any gradient yields.",
 }
+TOLD = 6  # channels that one sentence can name each by itself
 NO_PROOF = "which is no proof of safety"
 
 
@@ -36,12 +37,23 @@ def verdict(header: dict[str, Any]) -> str:
             f"({best['attack']} on {channel}: {_best(best, header)}){note}, {NO_PROOF}."
         )
     clauses = []
-    for i, (channel, mine) in enumerate(leaks):
+    told = len(leaks) + len(held) if len(leaks) + len(held) <= TOLD else TOLD // 2
+    if len(leaks) > told:
+        leaks.sort(key=lambda pair: (pair[0] == "fp32", -pair[1][0]["recovered"], -pair[1][0]["psnr_selected_max"]))
+    for i, (channel, mine) in enumerate(leaks[:told]):
         best, rest = mine[0], "".join(f", {s['attack']} {s['recovered']} of {s['images']}" for s in mine[1:])
         opening = f"nor did {channel}" if i else f"{channel} did not stop reconstruction"
         images = f"{best['images']}" if i else f"{_count(best['images'])} {bar}"
         rebuilt = f"{best['attack']} rebuilt {best['recovered']} of {images}"
         clauses.append(f"{opening}: {rebuilt} ({_best(best, header)}){rest}")
+    if others := leaks[told:]:
+        clauses.append(f"nor did {len(others)} more")
+    if len(held) > told:
+        channel, mine = max(held, key=lambda pair: pair[1][0]["psnr_selected_max"])
+        most = f"most on {channel}: {_best(mine[0], header)}"
+        note = _unselected([s for _, mine in held for s in mine])
+        clauses.append(f"through {len(held)} channels no image was rebuilt ({most}){note}, {NO_PROOF}")
+        held = []
     for channel, mine in held:
         held_up = f"through {channel} no image was rebuilt ({_best(mine[0], header)})"
         clauses.append(f"{held_up}{_unselected(mine)}, {NO_PROOF}")
@@ -93,12 +105,18 @@ def cells(s: dict[str, Any], control: float | None) -> list[str]:
 
 def cost(s: dict[str, Any]) -> str:
     """What a channel sends and what it guarantees."""
-    return f"{s['bits']:.2f} bits/coordinate · ε {number(s['epsilon'], '.3g')}"
+    coded = "" if s.get("bits_entropy") is None else f" ({s['bits_entropy']:.2f} entropy-coded)"
+    return f"{number(s['bits'], '.2f')} bits/coordinate{coded} · ε {number(s['epsilon'], '.3g')}"
 
 
 def number(value: float | None, form: str) -> str:
     """A number, or a dash for none."""
     return "—" if value is None else format(value, form)
+
+
+def interval(ci: Any, form: str) -> str:
+    """An interval behind its mean, or nothing for none."""
+    return f" ({format(ci[0], form)}–{format(ci[1], form)})" if ci and None not in ci else ""
 
 
 def refusals(header: dict[str, Any]) -> list[str]:

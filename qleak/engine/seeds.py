@@ -1,0 +1,50 @@
+"""Rows of a training run to its summary: means over seeds with Student intervals."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from qleak.plans import Training
+
+METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
+
+
+def summarise(plan: Training, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One object per channel: means at the last epoch with 95 % Student-t intervals over seeds.
+
+    Accuracies of diverged seeds count as measured; losses are averaged over the seeds where they are finite.
+    `uplink_mb` is what one training's clients send together, `cpu_s` the sum over seeds.
+    """
+    out = []
+    for c, name in enumerate(plan.labels()):
+        mine = [r for r in rows if r["key"].startswith(f"{c}-") and r["epoch"] == plan.epochs]
+        if not mine:
+            continue
+        found: dict[str, Any] = {
+            "channel": name, "n": len(mine), "diverged": sum(r["status"] == "diverged" for r in mine),
+            "epoch": plan.epochs, "rounds": max(r["round"] for r in mine),
+        }  # fmt: skip
+        for metric in METRICS:
+            found[metric], found[f"{metric}_ci"] = mean_interval([r[metric] for r in mine if r[metric] is not None])
+        eps = [r["epsilon"] for r in mine]
+        found |= {
+            "bits": mine[0]["bits"], "epsilon": None if None in eps else max(eps),
+            "uplink_mb": sum(r["uplink_mb"] for r in mine) / len(mine), "cpu_s": sum(r["cpu_s"] for r in mine),
+        }  # fmt: skip
+        out.append(found)
+    return out
+
+
+def mean_interval(values: list[float], level: float = 0.95) -> tuple[float | None, list[float | None]]:
+    """Mean and x̄ ± t·s/√n with n − 1 degrees of freedom (Student 1908); no interval from one value."""
+    from scipy import stats  # lazy: half a second
+
+    if not values:
+        return None, [None, None]
+    n, mean = len(values), math.fsum(values) / len(values)
+    if n == 1:
+        return mean, [None, None]
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
+    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * spread / math.sqrt(n)
+    return mean, [mean - half, mean + half]

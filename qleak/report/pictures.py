@@ -1,0 +1,96 @@
+"""Pictures of a stored audit for its page: images × arms in small runs, channels × attackers in large ones."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from qleak.report import words
+from qleak.report.stored import Stored, rgb
+
+SIDE = 64  # pixels of a picture in a sheet; larger ones are averaged down
+WEIGHT = 4_500_000  # characters of pictures in all sheets; the first sheet is always whole
+
+
+def grids(run: Stored) -> list[dict[str, Any]]:
+    """One grid for the audit and one for each control, without those that have no lane."""
+    return [grid for control in ("none", *words.CONTROLS) if (grid := _grid(run, control))["lines"]]
+
+
+def _grid(run: Stored, control: str) -> dict[str, Any]:
+    """Pictures of the selected lanes: a line per image, the original first, None where an arm has no lane."""
+    chosen = run.chosen(control)
+    arms = list(dict.fromkeys((channel, attack) for channel, attack, _ in chosen))
+    lines = []
+    for image, original in run.originals.items() if arms else ():
+        shown = []
+        for arm in arms:
+            row = chosen.get((*arm, image))
+            shown.append(row and _picture(run.guess(row), " · ".join(arm), row))
+        lines.append({"image": image, "label": run.labels[image], "original": _data_uri(original), "pictures": shown})
+    return {"control": control, "arms": arms, "lines": lines}
+
+
+def sheets(run: Stored) -> list[tuple[str, list[dict[str, Any]]]]:
+    """Sheets of channels × attackers with what they show: the first victim, the others, the controls of the first.
+
+    The first sheet is always made; the others as long as all of them together stay below `WEIGHT`.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for sheet in _sheets(run):
+        first = sheet["image"] == next(iter(run.originals))
+        title = f"Control {sheet['control']}" if sheet["control"] != "none" else "" if first else "Other images"
+        groups.setdefault(title, []).append(sheet)
+    return list(groups.items())
+
+
+def _sheets(run: Stored) -> Iterator[dict[str, Any]]:
+    weight = 0
+    for control in ("none", *words.CONTROLS):
+        chosen = run.chosen(control)
+        attacks = list(dict.fromkeys(attack for _, attack, _ in chosen))
+        images = list(run.originals.items()) if control == "none" else list(run.originals.items())[:1]
+        for image, original in images if attacks else ():
+            lines = []
+            for channel in dict.fromkeys(channel for channel, _, _ in chosen):
+                found = [(attack, chosen.get((channel, attack, image))) for attack in attacks]
+                shown = [row and _picture(_small(run.guess(row)), f"{channel} · {a}", row) for a, row in found]
+                lines.append({"channel": channel, "pictures": shown})
+            made = sum(len(p["uri"]) for line in lines for p in line["pictures"] if p)
+            if weight and weight + made > WEIGHT:
+                break
+            weight += made
+            yield {
+                "control": control, "image": image, "label": run.labels[image], "original": _data_uri(_small(original)),
+                "attacks": attacks, "lines": lines,
+            }  # fmt: skip
+
+
+def _small(pixels: Tensor) -> Tensor:
+    factor = math.ceil(max(pixels.shape[-2:]) / SIDE)
+    return pixels if factor == 1 else F.avg_pool2d(pixels[None], factor, ceil_mode=True)[0]
+
+
+def _picture(pixels: Tensor, arm: str, row: dict[str, Any]) -> dict[str, Any]:
+    title = (
+        f"PSNR {row['psnr']:.2f} dB · SSIM {row['ssim']:.3f} · own loss {words.number(row['loss'], '.3g')} · "
+        f"seed {row['seed']} · {row['status']} after {row['closures']} closures"
+    )
+    psnr = f"{row['psnr']:.1f} dB"
+    alt = f"Guess at image {row['image']} by {arm}: {psnr}"
+    return {"uri": _data_uri(pixels), "title": title, "alt": alt, "psnr": psnr, "success": row["success"]}
+
+
+def _data_uri(pixels: Tensor) -> str:
+    from matplotlib.image import imsave
+
+    png = io.BytesIO()
+    imsave(png, rearrange(rgb(pixels), "c h w -> h w c").numpy(), format="png")
+    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"

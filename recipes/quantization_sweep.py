@@ -1,0 +1,72 @@
+"""What every channel leaks to an attacker who knows it, beside the one of 2019 who does not.
+
+Photographs in the first paper's untrained colour LeNet, one image an update; every channel that federated systems
+use, each under `dlg` (the decoded numbers taken at face value) and `adaptive` (codes read as intervals, coins and
+noise by their spread, the prior's weight chosen without the truth). "oracle" columns are what the truth would choose.
+"""
+
+from qleak.attacks import adaptive, dlg
+from qleak.catalog import build
+from qleak.channels import Channel, rounds
+from qleak.plans import Audit
+
+LEVELS = (4096, 256, 120, 64, 40, 16, 8, 4, 2)
+KEEP = (0.9, 0.6, 0.1, 0.01, 0.001)
+NOISE = (1e-4, 1e-3, 1e-2, 1e-1)
+GRID = (
+    "chain()",
+    *(f"chain(uniform(levels={n}))" for n in LEVELS),
+    *(f"chain(stochastic(levels={n}))" for n in LEVELS),
+    "chain(sign())",
+    "chain(qsgd())",
+    "chain(terngrad())",
+    *(f"chain(top_k(ratio={r}))" for r in KEEP),
+    "chain(float16())",
+    "chain(bfloat16())",
+    "chain(float8())",
+    "chain(float8(format='e5m2'))",
+    *(f"chain(gaussian(sigma={s}, unbounded=True))" for s in NOISE),
+    *(f"chain(laplace(scale={s / 2**0.5:.2g}, unbounded=True))" for s in NOISE),
+    "chain(logarithmic())",
+    "chain(kmeans())",
+    "chain(fixed_point())",
+    "chain(random_k())",
+    "chain(powersgd())",
+)
+
+
+def quantization_sweep(
+    channels: str = "all",
+    rounds_: int = 1,
+    seeds: int = 8,
+    images: int = 6,
+    model: str = "lenet",
+    data: str = "photos",
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        channels: "all", or channels separated by ";", e.g. "chain(uniform(bits=4)); chain(sign())".
+        rounds_: rounds of every random channel on the same batch, their likelihoods added.
+        seeds: restarts on every image.
+        images: the first so many images of the set.
+        model: a model of `qleak ls models`, or run:ID.
+        data: a data set that fits it.
+        full: the 2019 attack at its paper's 300 × 20 closures, 32 restarts.
+    """
+    chosen = [build("channels", c) for c in (GRID if channels == "all" else channels.split(";"))]
+    return Audit(
+        model=build("models", model),
+        data=data,
+        victims=tuple(range(images)),
+        channels=tuple(repeated(c, rounds_) for c in chosen),
+        attacks=(dlg(outer=300 if full else 20), adaptive()),
+        restarts=32 if full else seeds,
+        wrong=1,
+    )
+
+
+def repeated(channel: Channel, times: int) -> Channel:
+    """Several rounds where they tell the attacker something new."""
+    return rounds(channel, times) if times > 1 and any(s.noise for s in channel.stages) else channel
