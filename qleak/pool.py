@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import queue
@@ -9,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
@@ -48,15 +49,16 @@ def _work(runner: Runner, job: Any) -> Any:
     return last
 
 
-def results(todo: Sequence[Any], runner: Runner, workers: int) -> Iterator[tuple[str, Any]]:
+def results(todo: Iterable[Any], runner: Runner, workers: int) -> Iterator[tuple[str, Any]]:
     """(key of the job, progress or result) of every job, in this process or over worker processes.
 
-    Stopping the iteration stops the workers. Jobs have a `key`.
+    Stopping the iteration stops the workers. Jobs have a `key`; an iterator of jobs is asked for the next one
+    when a worker is about to need it, so that not all of them lie in memory.
 
     Raises:
         Failed: a worker died (for example by the kernel, out of memory).
     """
-    if workers <= 1 or len(todo) <= 1:
+    if workers <= 1:
         yield from ((job.key, event) for job in todo for event in runner(job))
         return
     method = "forkserver" if sys.platform == "linux" else "spawn"
@@ -64,14 +66,23 @@ def results(todo: Sequence[Any], runner: Runner, workers: int) -> Iterator[tuple
     if method == "forkserver":
         context.set_forkserver_preload(["qleak.jobs"])  # torch is imported once, not per worker
     channel = context.Queue()
-    executor = ProcessPoolExecutor(min(workers, len(todo)), context, _start, (channel, os.getpid()))
+    executor = ProcessPoolExecutor(workers, context, _start, (channel, os.getpid()))
     try:
-        waiting: dict[Future[Any], str] = {executor.submit(_work, runner, job): job.key for job in todo}
+        jobs = iter(todo)
+        waiting: dict[Future[Any], str] = {}
+
+        def refill() -> None:
+            for job in itertools.islice(jobs, workers + 1 - len(waiting)):
+                waiting[executor.submit(_work, runner, job)] = job.key
+
+        refill()
         while waiting:
             finished, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
             yield from _drain(channel)
             for future in finished:
-                yield waiting.pop(future), future.result()
+                key = waiting.pop(future)
+                refill()
+                yield key, future.result()
     except BrokenProcessPool:
         raise Failed("A worker process died, probably out of memory. Run the same command with --workers 1.") from None
     finally:

@@ -112,10 +112,12 @@ class Channel:
         """One message per leg. `rows` carries `joins` leading axes; never draws.
 
         Raises:
-            Expected: noise or rows do not have the shapes that `draw` and `like` say.
+            Expected: noise or rows do not have the shapes that `draw` and `like` say, or rows are of half precision.
         """
         x, messages, states = rows, [], []
         for k, v in rows.items():
+            if v.dtype not in (torch.float32, torch.float64):
+                raise Expected(f"Expected rows[{k!r}] of float32 or float64, got {v.dtype}: convert it first.")
             if tuple(v.shape[self.joins :]) != tuple(like[k].shape):
                 raise Expected(
                     f"Expected rows[{k!r}] of {self.joins} row axes + {tuple(like[k].shape)}, got {tuple(v.shape)}."

@@ -111,18 +111,20 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     chunks, refused = _applicable(plan, prepared, chunks)
     store.update(refused=refused)
     done: dict[str, Done] = {c.key: _load(store, c) for c in chunks if store.has(f"chunk-{c.key}")}
+    named = {c.key: c for c in chunks}
     written = store.done()
     # The strongest attacks stand last in a plan and take longest: started first, they leave no worker idle.
     waiting = [c for c in reversed(chunks) if c.key not in done]
-    todo = [job_of(plan, prepared, c, device) for c in waiting]
+    scored: set[tuple[int, int]] = set()
     rows: list[dict[str, Any]] = store.rows()
 
     def groups() -> Iterator[Rows]:
         for c in range(len(plan.channels)):
             for a in range(len(plan.attacks)):
                 mine = [k for k in chunks if (k.channel, k.attack) == (c, a)]
-                if not mine or any(k.key not in done for k in mine):
+                if not mine or (c, a) in scored or any(k.key not in done for k in mine):
                     continue
+                scored.add((c, a))
                 lanes = [(k, done[k.key]) for k in mine]
                 fresh = [
                     r
@@ -138,11 +140,11 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
                     yield Rows(fresh)
 
     yield from groups()
-    for event in _results(todo, plan, workers):
+    for event in _results(plan, prepared, waiting, device, workers):
         if isinstance(event, Step):
             yield event
             continue
-        event = rate_path(event, next(c for c in chunks if c.key == event.key), prepared.secret)
+        event = rate_path(event, named[event.key], prepared.secret)
         store.save(f"chunk-{event.key}", _tensors(event))
         done[event.key] = event
         yield from groups()
@@ -151,9 +153,11 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     yield Finished(summary)
 
 
-def _results(todo: list[Job], plan: Audit, workers: int) -> Iterator[Step | Done]:
+def _results(plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str, workers: int) -> Iterator[Step | Done]:
     """Steps and results of all jobs, in this process or over worker processes; the numbers are the same."""
-    chunks = {j.key: j.chunk for j in todo}
+    chunks = {c.key: c for c in waiting}
+    todo = (job_of(plan, prepared, c, device) for c in waiting)
+    workers = min(workers, len(waiting))
     threads = torch.get_num_threads()
     try:
         for key, event in pool.results(todo, jobs.events, workers):

@@ -9,12 +9,26 @@ from typing import Any
 
 from qleak.plans.audit import CONTROLS, Audit, Chunk, Lane
 from qleak.plans.base import SCHEMA, label, read
+from qleak.plans.study import Study
 from qleak.plans.training import Member, Training
 
-Plan = Audit | Training
-KINDS: dict[str, type[Plan]] = {"audit": Audit, "training": Training}
+Plan = Audit | Training | Study
+KINDS: dict[str, type[Plan]] = {"audit": Audit, "training": Training, "study": Study}
 
-__all__ = ["CONTROLS", "KINDS", "SCHEMA", "Audit", "Chunk", "Lane", "Member", "Plan", "Training", "from_json", "label"]
+__all__ = [
+    "CONTROLS",
+    "KINDS",
+    "SCHEMA",
+    "Audit",
+    "Chunk",
+    "Lane",
+    "Member",
+    "Plan",
+    "Study",
+    "Training",
+    "from_json",
+    "label",
+]
 
 
 def from_json(text: dict[str, Any]) -> Any:
@@ -23,4 +37,7 @@ def from_json(text: dict[str, Any]) -> Any:
     Raises:
         Expected: the plan is of a kind or schema this version does not know.
     """
-    return read(KINDS.get(str(text.get("kind")), Audit), text)
+    kind = KINDS.get(str(text.get("kind")), Audit)
+    if kind is Study:
+        text = text | {"parts": [from_json(part) for part in text["parts"]]}
+    return read(kind, text)

@@ -69,6 +69,8 @@ def plain(value: Any) -> Any:
     """A field of a plan as JSON: specs for parts, lists for tuples."""
     if isinstance(value, tuple):
         return [plain(v) for v in value]
+    if isinstance(value, Written):
+        return value.as_json()
     spec = getattr(value, "spec", None)
     if spec == "":
         raise Expected(

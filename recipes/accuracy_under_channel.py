@@ -1,0 +1,68 @@
+"""What a channel costs in accuracy: one ReLU convolutional net trained through each, several seeds.
+
+Every seed has its own weights and order of images, the same for every channel, so differences are paired.
+`--data cifar10-12k` takes the 10,000 training and 2,000 test images of that file instead of Fashion-MNIST.
+"""
+
+from qleak.catalog import build
+from qleak.client import gradient
+from qleak.plans import Training
+from qleak.train import sgd
+
+CHANNELS = (
+    "chain()",
+    "chain(uniform(levels=256))",
+    "chain(uniform(levels=16))",
+    "chain(uniform(levels=4))",
+    "chain(stochastic(levels=16))",
+    "chain(sign())",
+    "chain(top_k(ratio=0.01))",
+    "chain(top_k(ratio=0.8))",
+    "chain(top_k(ratio=0.6))",
+)
+
+
+def accuracy_under_channel(
+    data: str = "fashion_mnist",
+    model: str = "",
+    channels: str = "all",
+    epochs: int = 4,
+    limit: int = 10000,
+    seeds: int = 3,
+    batch: int = 64,
+    lr: float = 0.05,
+    clients: int = 1,
+    full: bool = False,
+) -> Training:
+    """The plan.
+
+    Args:
+        data: a data set with a test split.
+        model: a model of `qleak ls models`; empty: `convnet` of the set's shape.
+        channels: "all", or channels separated by ";".
+        epochs: passes over the training images.
+        limit: training images; 0 for all.
+        seeds: trainings per channel.
+        batch: images of one client's gradient.
+        lr: learning rate of SGD with momentum 0.9.
+        clients: clients that are averaged in a round.
+        full: all images, 10 epochs.
+    """
+    chosen = CHANNELS if channels == "all" else tuple(channels.split(";"))
+    return Training(
+        model=build("models", model or shape_of(data)),
+        data=data,
+        channels=tuple(build("channels", c) for c in chosen),
+        client=gradient(batch=batch),
+        clients=clients,
+        epochs=10 if full else epochs,
+        rule=sgd(momentum=0.9),
+        lr=lr,
+        limit=0 if full else limit,
+        seeds=seeds,
+    )
+
+
+def shape_of(data: str) -> str:
+    """The convolutional net for colour sets of 32×32 or grey ones of 28×28."""
+    return "convnet" if data.startswith(("cifar", "svhn")) else "convnet(channels=1, size=28)"

@@ -1,0 +1,54 @@
+"""The same optimiser, prior and budget with five ways to read the message: what knowing the channel is worth.
+
+`cells` reads intervals, coins and noise; "l2" and "cosine" take the decoded numbers at face value, "weighted" divides
+each tensor's error by its step, "straight_through" quantizes the guess too.
+"""
+
+from qleak.attacks import adaptive, cells
+from qleak.catalog import build
+from qleak.plans import Audit
+
+CHANNELS = (
+    "chain(uniform(levels=256))",
+    "chain(uniform(levels=16))",
+    "chain(uniform(levels=4))",
+    "chain(stochastic(levels=256))",
+    "chain(stochastic(levels=16))",
+    "chain(sign())",
+    "chain(top_k(ratio=0.1))",
+    "chain(gaussian(sigma=0.01, unbounded=True))",
+)
+
+
+def attackers(
+    channels: str = "all",
+    images: int = 6,
+    restarts: int = 1,
+    model: str = "lenet",
+    data: str = "photos",
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        channels: "all", or channels separated by ";".
+        images: the first so many images of the set.
+        restarts: restarts on each of them.
+        model: a model of `qleak ls models`, or run:ID.
+        data: a data set that fits it.
+        full: 8 restarts.
+    """
+    chosen = CHANNELS if channels == "all" else tuple(channels.split(";"))
+    same = {"weight": 0.3, "fade": 0.3, "stages": 9, "steps": 50, "last": 50, "path": True, "labels": "auto"}
+    return Audit(
+        model=build("models", model),
+        data=data,
+        victims=tuple(range(images)),
+        channels=tuple(build("channels", c) for c in chosen),
+        attacks=(
+            *(cells(objective=o, **same) for o in ("l2", "cosine", "weighted", "straight_through")),
+            adaptive(),
+        ),
+        restarts=8 if full else restarts,
+        wrong=1,
+    )

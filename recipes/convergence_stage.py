@@ -1,0 +1,49 @@
+"""Does the attack work at every stage of convergence? The same digits, attacked at the start, the middle and the end.
+
+A sigmoid LeNet learns the embedded digits through each channel; in the first round, half-way and in the last one its
+own weights are used to attack three of its first batches of one.
+"""
+
+from qleak.attacks import adaptive, cells, closed_form, dlg, refine
+from qleak.catalog import build
+from qleak.client import gradient
+from qleak.plans import Training
+from qleak.train import adam
+
+
+def convergence_stage(
+    model: str = "lenet(channels=1, size=28, classes=10)",
+    data: str = "mnist5k",
+    bits: int = 8,
+    rounds: str = "1,500,2000",
+    limit: int = 2000,
+    victims: int = 4,
+    lr: float = 1e-3,
+    full: bool = False,
+) -> Training:
+    """The plan.
+
+    Args:
+        model: a model of `qleak ls models`.
+        data: what it learns.
+        bits: of the uniform quantizer beside the identity.
+        rounds: rounds whose weights are attacked, counted from 1.
+        limit: training images of an epoch, one image a round.
+        victims: training images attacked.
+        lr: learning rate of Adam.
+        full: the 2019 attack at 300 × 20 closures.
+    """
+    return Training(
+        model=build("models", model),
+        data=data,
+        channels=(build("channels", "chain()"), build("channels", f"chain(uniform(bits={bits}))")),
+        client=gradient(batch=1),
+        epochs=1,
+        rule=adam(),
+        lr=lr,
+        limit=limit,
+        seeds=1,
+        attack_rounds=tuple(int(r) for r in rounds.split(",")),
+        attacks=(dlg(outer=300 if full else 20), cells(slack=1.0), adaptive(), refine(), closed_form()),
+        victims=victims,
+    )

@@ -1,0 +1,68 @@
+"""The defences of the 2019 paper, against its attack and against one who knows the defence, with their accuracy.
+
+Zhu, Liu, Han (NeurIPS 2019), section 5: Gaussian and Laplace noise of variance-matched size, half precision, int8,
+pruning of 1 to 70 % of the gradient. The leakage is that of their net, an untrained sigmoid LeNet; the accuracy that of
+a convolutional net trained through the same channels.
+"""
+
+from qleak.attacks import adaptive, dlg
+from qleak.catalog import build
+from qleak.client import gradient
+from qleak.plans import Audit, Study, Training
+from qleak.train import sgd
+
+NOISE = (1e-4, 1e-3, 1e-2, 1e-1)
+PRUNED = (0.01, 0.1, 0.2, 0.3, 0.5, 0.7)
+CHANNELS = (
+    "chain()",
+    *(f"chain(gaussian(sigma={s}, unbounded=True))" for s in NOISE),
+    *(f"chain(laplace(scale={s / 2**0.5:.2g}, unbounded=True))" for s in NOISE),
+    "chain(float16())",
+    "chain(bfloat16())",
+    "chain(uniform(bits=8))",
+    *(f"chain(top_k(ratio={1 - p:g}))" for p in PRUNED),
+)
+
+
+def dlg_defences(
+    images: int = 4,
+    restarts: int = 2,
+    data: str = "fashion_mnist",
+    epochs: int = 3,
+    limit: int = 6000,
+    seeds: int = 3,
+    full: bool = False,
+) -> Study:
+    """The plan.
+
+    Args:
+        images: photographs attacked.
+        restarts: restarts on each of them.
+        data: the set that is learnt.
+        epochs: passes over the training images.
+        limit: training images; 0 for all.
+        seeds: trainings per channel.
+        full: the 2019 attack at 300 × 20 closures and 16 restarts, all images, 10 epochs.
+    """
+    chosen = tuple(build("channels", c) for c in CHANNELS)
+    grey = not data.startswith(("cifar", "svhn"))
+    audit = Audit(
+        model=build("models", "lenet"),
+        data="photos",
+        victims=tuple(range(images)),
+        channels=chosen,
+        attacks=(dlg(outer=300 if full else 30), adaptive()),
+        restarts=16 if full else restarts,
+        wrong=1,
+    )
+    training = Training(
+        model=build("models", "convnet(channels=1, size=28)" if grey else "convnet"),
+        data=data,
+        channels=chosen,
+        client=gradient(batch=64),
+        epochs=10 if full else epochs,
+        rule=sgd(momentum=0.9),
+        limit=0 if full else limit,
+        seeds=seeds,
+    )
+    return Study(("leakage", "accuracy"), (audit, training))

@@ -1,0 +1,75 @@
+"""Privacy, accuracy and bits of the same channels in one table and one figure: an audit and a training, joined.
+
+One ReLU convolutional net and one data set: its untrained gradients are attacked by one who knows the channel, and it
+is trained through the channel. A point beats another if it leaks less and learns more.
+"""
+
+from qleak.attacks import adaptive, dlg
+from qleak.catalog import build
+from qleak.client import gradient
+from qleak.plans import Audit, Study, Training
+from qleak.train import sgd
+
+CHANNELS = (
+    "chain()",
+    "chain(uniform(levels=256))",
+    "chain(uniform(levels=16))",
+    "chain(uniform(levels=4))",
+    "chain(stochastic(levels=16))",
+    "chain(stochastic(levels=4))",
+    "chain(sign())",
+    "chain(terngrad())",
+    "chain(qsgd())",
+    "chain(top_k(ratio=0.1))",
+    "chain(top_k(ratio=0.01))",
+    "chain(gaussian(sigma=0.01, unbounded=True))",
+    "chain(gaussian(sigma=0.1, unbounded=True))",
+)
+
+
+def frontier(
+    data: str = "fashion_mnist",
+    model: str = "convnet(channels=1, size=28)",
+    channels: str = "all",
+    images: int = 6,
+    restarts: int = 2,
+    epochs: int = 4,
+    limit: int = 10000,
+    seeds: int = 3,
+    full: bool = False,
+) -> Study:
+    """The plan.
+
+    Args:
+        data: a data set with a test split, of the model's shape.
+        model: a model of `qleak ls models`.
+        channels: "all", or channels separated by ";".
+        images: victims of the audit.
+        restarts: restarts on each of them.
+        epochs: passes over the training images.
+        limit: training images; 0 for all.
+        seeds: trainings per channel.
+        full: 16 restarts, all images, 10 epochs.
+    """
+    chosen = tuple(build("channels", c) for c in (CHANNELS if channels == "all" else channels.split(";")))
+    net = build("models", model)
+    audit = Audit(
+        model=net,
+        data=data,
+        victims=tuple(range(images)),
+        channels=chosen,
+        attacks=(dlg(outer=300 if full else 20), adaptive()),
+        restarts=16 if full else restarts,
+        wrong=1,
+    )
+    training = Training(
+        model=net,
+        data=data,
+        channels=chosen,
+        client=gradient(batch=64),
+        epochs=10 if full else epochs,
+        rule=sgd(momentum=0.9),
+        limit=0 if full else limit,
+        seeds=seeds,
+    )
+    return Study(("leakage", "accuracy"), (audit, training))

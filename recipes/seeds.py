@@ -1,0 +1,40 @@
+"""How often does an attack diverge? One photograph, one setting, many random starts.
+
+The success rate over starts of the 2019 attack, the 2020 one with the label inferred first, and `cells`, on the exact
+gradient and behind 8 bits, with Wilson's interval.
+"""
+
+from qleak.attacks import cells, dlg, idlg
+from qleak.catalog import build
+from qleak.plans import Audit
+
+
+def seeds(
+    channel: str = "chain(uniform(bits=8))",
+    starts: int = 32,
+    images: int = 2,
+    model: str = "lenet",
+    data: str = "photos",
+    outer: int = 30,
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        channel: beside the identity.
+        starts: random starts on each image.
+        images: the first so many images of the set.
+        model: a model of `qleak ls models`, or run:ID.
+        data: a data set that fits it.
+        outer: outer iterations of `dlg` and `idlg`, 20 closures each.
+        full: 256 starts, 300 outer iterations.
+    """
+    outer = 300 if full else outer
+    return Audit(
+        model=build("models", model),
+        data=data,
+        victims=tuple(range(images)),
+        channels=(build("channels", "chain()"), build("channels", channel)),
+        attacks=(dlg(outer=outer), idlg(outer=outer), cells()),
+        restarts=256 if full else starts,
+    )
