@@ -51,9 +51,17 @@ verify:
 # every recipe at default size, resumable
 [group('reproduce')]
 reproduce:
-    qleak recipe run pretrained_int8 && qleak recipe run untrained_int8
+    for recipe in {{recipes}}; do qleak recipe run $recipe || exit 1; done
+    qleak recipe run accuracy_under_channel --data cifar10-12k
 
 # every recipe at the papers' size, resumable
 [group('reproduce')]
 full:
-    qleak recipe run pretrained_int8 --full && qleak recipe run untrained_int8 --full
+    for recipe in {{recipes}}; do qleak recipe run $recipe --full || exit 1; done
+
+# together against one after another: many trainings as lanes of one
+[group('reproduce')]
+bench-lanes:
+    python benchmarks/lanes.py
+
+recipes := "pretrained_int8 untrained_int8 quantization_sweep attackers rounds_to_recovery accuracy_under_channel frontier dlg_defences convergence_stage seeds"

@@ -7,12 +7,27 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qleak import attacks, channels, data, metrics, models
-    from qleak.client import View, gradient, per_example
-    from qleak.plans import Audit
+    from qleak.client import View, gradient, local_sgd, per_example
+    from qleak.plans import Audit, Study, Training
 
-__all__ = ["Audit", "View", "attacks", "channels", "data", "gradient", "metrics", "models", "per_example"]
+__all__ = [
+    "Audit",
+    "Study",
+    "Training",
+    "View",
+    "attacks",
+    "channels",
+    "data",
+    "gradient",
+    "local_sgd",
+    "metrics",
+    "models",
+    "per_example",
+]
 
-_HOME = {"Audit": "qleak.plans", "View": "qleak.client", "gradient": "qleak.client", "per_example": "qleak.client"}
+_HOME = dict.fromkeys(("Audit", "Study", "Training"), "qleak.plans") | dict.fromkeys(
+    ("View", "gradient", "local_sgd", "per_example"), "qleak.client"
+)
 
 
 def __getattr__(name: str) -> Any:

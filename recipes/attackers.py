@@ -22,7 +22,7 @@ CHANNELS = (
 
 def attackers(
     channels: str = "all",
-    images: int = 6,
+    images: int = 4,
     restarts: int = 1,
     model: str = "lenet",
     data: str = "photos",

@@ -26,10 +26,10 @@ CHANNELS = (
 
 def dlg_defences(
     images: int = 4,
-    restarts: int = 2,
+    restarts: int = 1,
     data: str = "fashion_mnist",
-    epochs: int = 3,
-    limit: int = 6000,
+    epochs: int = 2,
+    limit: int = 4000,
     seeds: int = 3,
     full: bool = False,
 ) -> Study:

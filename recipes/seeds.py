@@ -11,8 +11,8 @@ from qleak.plans import Audit
 
 def seeds(
     channel: str = "chain(uniform(bits=8))",
-    starts: int = 32,
-    images: int = 2,
+    starts: int = 16,
+    images: int = 1,
     model: str = "lenet",
     data: str = "photos",
     outer: int = 30,

@@ -1,7 +1,9 @@
 """Law 7: what a recipe's docstring claims, compared with what its run says. `just verify`.
 
 A claim is a line `CHANNEL ATTACK FIELD >= NUMBER` (or `<=`) under "Claims:" in the docstring; the fields are
-those of run.json's summary for the runs without control. Runs are made, or resumed, under runs/.
+those of run.json's summary for the runs without control. In place of an attack stands `training` for what is
+learnt through a channel, `study` for a point of a joined table, `round-N` and an attack's name joined by a dot
+(`round-1.dlg`) for an audit inside a training. Runs are made, or resumed, under runs/.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from pathlib import Path
 
 from qleak.cli import recipes
 
-LINE = re.compile(r"^\s*(.+?) +(\w+) +(\w+) +(>=|<=) +([\d.]+)$", re.M)
+LINE = re.compile(r"^\s*(.+?) +([\w.-]+) +(\w+) +(>=|<=) +([\d.]+)$", re.M)
 
 
 def claims(doc: str) -> list[tuple[str, str, str, str, float]]:
@@ -26,14 +28,28 @@ def claims(doc: str) -> list[tuple[str, str, str, str, float]]:
 def check(claim: tuple[str, str, str, str, float], summary: list[dict]) -> tuple[bool, float]:
     """Whether the summary bears the claim out, and the number it has."""
     channel, attack, field, relation, number = claim
-    found = [
-        s[field]
-        for s in summary
-        if (s["channel"], s["control"]) == (channel, "none") and s["attack"].split("(")[0] == attack
-    ]
+    found = [s[field] for s in summary if s["channel"] == channel and arm(s) == attack and s.get(field) is not None]
     if not found:
         return False, float("nan")
     return (found[0] >= number if relation == ">=" else found[0] <= number), found[0]
+
+
+def arm(line: dict) -> str:
+    """What a line of a summary is about, as claims name it; "" for a control."""
+    if "control" not in line:
+        return "study" if "front" in line else "training"
+    name = line["attack"].split("(")[0] if line["control"] == "none" else ""
+    return f"round-{line['round']}.{name}" if name and "round" in line else name
+
+
+def audits(folder: Path) -> list[dict]:
+    """The summaries of the audits inside a training."""
+    lines = []
+    for path in sorted(folder.glob("audits/*-round-*/run.json")):
+        header = json.loads(path.read_text(encoding="utf-8"))
+        number = int(path.parent.name.rsplit("-", 1)[1])
+        lines += [s | {"round": number} for s in header.get("summary") or []]
+    return lines
 
 
 def main() -> int:
@@ -46,7 +62,8 @@ def main() -> int:
         done = subprocess.run(
             ["qleak", "recipe", "run", name, "--json", "--out", "runs"], stdout=subprocess.PIPE, text=True, check=True
         )
-        summary = json.loads(done.stdout)["summary"]
+        header = json.loads(done.stdout)
+        summary = header["summary"] + audits(Path("runs") / f"{name}-{header['plan_id']}")
         for claim in wanted:
             holds, value = check(claim, summary)
             failed += not holds

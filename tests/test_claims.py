@@ -34,6 +34,17 @@ def test_claims_are_read_and_checked(verify):
     assert not verify.check(("fp32", "absent", "psnr_selected", ">=", 0.0), SUMMARY)[0]
 
 
+def test_claims_about_trainings_studies_and_rounds(verify):
+    summary = [
+        {"channel": "sign", "n": 3, "test_accuracy": 0.8},
+        {"channel": "sign", "front": True, "psnr": 15.0, "test_accuracy": 0.8},
+        {"channel": "sign", "attack": "dlg(outer=3)", "control": "none", "round": 500, "psnr_selected": 7.0},
+        {"channel": "sign", "attack": "dlg(outer=3)", "control": "none", "round": 1, "psnr_selected": 30.0},
+    ]
+    doc = "Claims:\n    sign training test_accuracy >= 0.7\n    sign study psnr <= 16\n    sign round-500.dlg psnr_selected <= 8\n"
+    assert [verify.check(c, summary) for c in verify.claims(doc)] == [(True, 0.8), (True, 15.0), (True, 7.0)]
+
+
 def test_every_shipped_recipe_makes_claims(verify):
     for name in recipes.names():
         assert verify.claims(recipes.docstring(recipes.path_of(name))), name
