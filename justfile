@@ -33,6 +33,11 @@ ci:
 assets:
     python scripts/make_assets.py
 
+# the shipped example run
+[group('reproduce')]
+example:
+    python scripts/make_example.py
+
 # the README's picture, from a stored run
 [group('reproduce')]
 picture:

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Generator, Tensor
 
+import qleak
 from qleak.catalog import build
 from qleak.check import Expected
 from qleak.types import Buffers, Model, Params
@@ -21,13 +22,13 @@ from qleak.types import Buffers, Model, Params
 BUFFERS = "buffers/"
 
 
-def stored(path: str = "final_model.safetensors", digest: str = "") -> Model:
+def stored(path: str = "", digest: str = "") -> Model:
     """A trained network from a safetensors file whose metadata names its `model`, as every training run writes it.
 
     `init` ignores its generator and returns the stored weights.
 
     Args:
-        path: the file.
+        path: the file; the shipped example run's when empty.
         digest: BLAKE2b of the model's name and every tensor (16 hex digits), filled in when empty, so
             that a plan's id follows the content; a file that has changed since is refused.
 
@@ -35,6 +36,7 @@ def stored(path: str = "final_model.safetensors", digest: str = "") -> Model:
         Expected: no such file, another content than `digest`, no `model` in its metadata, or tensors
             that are not that model's.
     """
+    path = path or str(shipped() / "final_model.safetensors")
     tensors, about = _read(Path(path).expanduser())
     found = _digest(tensors, about.get("model", ""))
     if digest not in ("", found):
@@ -58,11 +60,11 @@ def stored(path: str = "final_model.safetensors", digest: str = "") -> Model:
 stored.__factory__ = True  # type: ignore[attr-defined]  # its spec holds the digest it found, so `factory` will not do
 
 
-def run(id: str = "") -> Model:
+def run(id: str = "example") -> Model:
     """The model that a training run wrote: ``run:ID``, or ``run:ID/0-2`` for channel 0, seed 2.
 
     Args:
-        id: a run's folder, or its name (or what only its name ends with) below ./runs.
+        id: a run's folder, its name (or what only its name ends with) below ./runs, or the shipped "example".
 
     Raises:
         Expected: no such run, or it has written no such model (yet).
@@ -90,12 +92,21 @@ def folder_of(id: str) -> tuple[Path, str]:
         wanted, name = found.groups()
     if wanted and (Path(wanted).expanduser() / "run.json").is_file():
         return Path(wanted).expanduser(), name
+    if wanted == "example" and not Path("runs/example").is_dir():
+        return shipped(), name
     near = sorted(p.parent for p in Path("runs").glob("*/run.json") if wanted and p.parent.name.endswith(wanted))
     exact = [p for p in near if p.name == wanted]
     if len(exact or near) != 1:
         many = f"; several end so: {', '.join(p.name for p in near)}" if near else ""
         raise Expected(f"Expected a run's folder, or its name below ./runs, got {id!r}{many}.")
     return (exact or near)[0], name
+
+
+def shipped() -> Path:
+    """The example run that comes with qleak, in the installed package or in a checkout."""
+    package = Path(qleak.__file__).parent
+    installed = package / "assets" / "runs" / "example"
+    return installed if installed.is_dir() else package.parent / "assets" / "runs" / "example"
 
 
 def _digest(tensors: dict[str, Tensor], model: str) -> str:
