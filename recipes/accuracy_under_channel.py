@@ -4,6 +4,7 @@ Every seed has its own weights and order of images, the same for every channel, 
 `--data cifar10-12k` takes the 10,000 training and 2,000 test images of that file instead of Fashion-MNIST.
 """
 
+from qleak.attacks import adaptive, dlg
 from qleak.catalog import build
 from qleak.client import gradient
 from qleak.plans import Training
@@ -32,6 +33,8 @@ def accuracy_under_channel(
     batch: int = 64,
     lr: float = 0.05,
     clients: int = 1,
+    split: str = "iid",
+    attack_rounds: str = "",
     full: bool = False,
 ) -> Training:
     """The plan.
@@ -46,6 +49,8 @@ def accuracy_under_channel(
         batch: images of one client's gradient.
         lr: learning rate of SGD with momentum 0.9.
         clients: clients that are averaged in a round.
+        split: how images are dealt out to clients, "iid" or "dirichlet(0.5)".
+        attack_rounds: rounds, e.g. 1,10,100, whose weights are attacked through the same channels, on the first batches.
         full: all images, 10 epochs.
     """
     chosen = CHANNELS if channels == "all" else tuple(channels.split(";"))
@@ -55,11 +60,14 @@ def accuracy_under_channel(
         channels=tuple(build("channels", c) for c in chosen),
         client=gradient(batch=batch),
         clients=clients,
+        split=split,
         epochs=10 if full else epochs,
         rule=sgd(momentum=0.9),
         lr=lr,
         limit=0 if full else limit,
         seeds=seeds,
+        attack_rounds=tuple(int(r) for r in attack_rounds.split(",") if r),
+        attacks=(dlg(outer=20), adaptive()) if attack_rounds else (),
     )
 
 

@@ -106,6 +106,7 @@ def _caption(row: Row) -> Text:
 def table(run: Stored, verbose: bool = False) -> Iterator[RenderableType]:
     """Channels with what they send, their attacks beneath; then what was not run, and why."""
     arms = by_arm(run.header)
+    names = words.names_apart({attack for _, attack in arms})
     for i, channel in enumerate(dict.fromkeys(c for c, _ in arms)):
         mine = {attack: found for (c, attack), found in arms.items() if c == channel}
         grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, show_header=i == 0, header_style="")
@@ -113,7 +114,7 @@ def table(run: Stored, verbose: bool = False) -> Iterator[RenderableType]:
         for title, width in zip(words.COLUMNS, WIDTHS, strict=True):
             grid.add_column(title, width=width, justify="right", vertical="bottom")
         for attack, found in mine.items():
-            grid.add_row(Text(f"  {attack}"), *words.cells(found["none"], words.floor(found)))
+            grid.add_row(Text(f"  {names[attack]}"), *words.cells(found["none"], words.floor(found)))
             for control, s in found.items():
                 if verbose and control != "none":
                     grid.add_row(Text(f"   {control}"), *words.cells(s, None), style="dim")

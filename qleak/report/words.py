@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def verdict(header: dict[str, Any]) -> str:
     if not arms:
         return f"Verdict: none yet, the run is {header.get('status', 'unfinished')}."
     bar = f"above {header['plan']['success']:g} dB{_controls(header)}"
-    names, leaks, held = _names({attack for _, attack in arms}), [], []
+    names, leaks, held = names_apart({attack for _, attack in arms}), [], []
     # The exact gradient is the baseline, so what a channel changes is said first.
     for channel in sorted(dict.fromkeys(c for c, _ in arms), key=lambda c: c == "fp32"):
         mine = [found["none"] | {"attack": names[a]} for (c, a), found in arms.items() if c == channel]
@@ -65,10 +67,22 @@ def floor(found: dict[str, Any]) -> float | None:
     return max((s["psnr_selected"] for control, s in found.items() if control != "none"), default=None)
 
 
-def _names(attacks: set[str]) -> dict[str, str]:
-    """Attacks without their arguments, which stand in the table, unless only these tell two of them apart."""
-    bare = [attack.split("(")[0] for attack in attacks]
-    return {a: name if bare.count(name) == 1 else a for a, name in zip(attacks, bare, strict=True)}
+def names_apart(attacks: Iterable[str]) -> dict[str, str]:
+    """Attacks without the arguments that tell none of them apart; all arguments stand in the plan."""
+    parsed = {a: _call(a) for a in attacks}
+    shown = {}
+    for attack, (name, options) in parsed.items():
+        others = [o for a, (n, o) in parsed.items() if n == name and a != attack]
+        telling = [f"{k}={v}" for k, v in options.items() if any(o.get(k) != v for o in others)]
+        shown[attack] = f"{name}({', '.join(telling)})" if telling else name
+    return shown
+
+
+def _call(spec: str) -> tuple[str, dict[str, str]]:
+    node = ast.parse(spec, mode="eval").body
+    if not isinstance(node, ast.Call):
+        return spec, {}
+    return ast.unparse(node.func), {str(k.arg): ast.unparse(k.value) for k in node.keywords}
 
 
 def _controls(header: dict[str, Any]) -> str:
@@ -96,8 +110,9 @@ def _count(images: int) -> str:
 def cells(s: dict[str, Any], control: float | None) -> list[str]:
     """One object of the summary as text, in the order of `COLUMNS`; `control` is the PSNR of the strongest one."""
     low, high = s["success_ci"]
+    oracle = max(s["psnr_oracle"], s.get("psnr_weight_oracle") or 0.0)
     return [
-        f"{s['psnr_selected']:.1f}", f"{s['psnr_oracle']:.1f}", number(control, ".1f"), f"{s['ssim_selected']:.2f}",
+        f"{s['psnr_selected']:.1f}", f"{oracle:.1f}", number(control, ".1f"), f"{s['ssim_selected']:.2f}",
         f"{s['recovered']}/{s['images']}", f"{s['success_rate']:.0%} ({100 * low:.0f}–{high:.0%})",
         f"{s['label_accuracy']:.0%}",
     ]  # fmt: skip
@@ -150,7 +165,8 @@ def threat_model(header: dict[str, Any], batch: int) -> list[tuple[str, str]]:
     )
     success = (
         f"A PSNR of at least {plan['success']:g} dB that also beats every control of the same image. The restart that "
-        "counts is chosen by the attacker's own loss; the oracle column chooses by the truth, which no attacker can."
+        "counts is chosen by the attacker's own loss; the oracle column chooses restart and prior weight by the "
+        "truth, which no attacker can."
     )
     return [
         ("What the client sends", sends),
