@@ -1,6 +1,7 @@
 """Law 3, channel by channel: codes against torch's own, likelihoods against Monte Carlo, what memory and rounds do."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from qleak import random, tree
 from qleak.attacks import stages
 from qleak.attacks.objectives import Box, effective
 from qleak.channels import (
+    Channel,
     bfloat16,
     chain,
     error_feedback,
@@ -20,6 +22,7 @@ from qleak.channels import (
     float16,
     gaussian,
     kmeans,
+    laplace,
     logarithmic,
     powersgd,
     qsgd,
@@ -343,14 +346,30 @@ def test_the_rule_takes_the_strongest_prior_that_explains_the_message():
     assert stages.pick(drowned, torch.zeros(1), 0.02)[1].tolist() == [False]
 
 
-def test_effective_readings_count_the_coordinates_that_carry_the_error():
-    n = 4000
-    residual = {"w": random.uniform(random.generator(1), (1, n))}
-    f = residual["w"]
-    up = random.uniform(random.generator(2), (1, n)) < f
-    error = {"w": torch.where(up, f - 1, f)}  # the coin of stochastic rounding
-    zero = {"w": torch.zeros(1, n)}
-    even = effective(error, Box(zero, zero, {"w": torch.ones(1, 1)}))
-    assert float(even) == pytest.approx(n, rel=0.05)
-    few = {"w": torch.cat([error["w"][:, :200], torch.zeros(1, n - 200)], 1)}
-    assert float(effective(few, Box(zero, zero, {"w": torch.ones(1, 1)}))) == pytest.approx(200, rel=0.2)
+class Sent(NamedTuple):
+    """As much of a view as the count looks at."""
+
+    channel: Channel
+
+
+@pytest.mark.parametrize(
+    ("channel", "law"),
+    [
+        (chain(stochastic()), "coin"),
+        (chain(gaussian(1.0, unbounded=True)), "normal"),
+        (chain(laplace(scale=1.0, unbounded=True)), "laplace"),
+    ],
+    ids=["coin", "normal", "laplace"],
+)
+def test_effective_readings_count_the_coordinates_that_carry_the_error(channel, law):
+    n = 20_000
+    if law == "coin":  # the error of stochastic rounding at places spread evenly over a step
+        f = random.uniform(random.generator(1), (1, n))
+        error = torch.where(random.uniform(random.generator(2), (1, n)) < f, f - 1, f)
+    else:
+        error = random.DRAWS[law](random.generator(3), (1, n))
+    zero, one = {"w": torch.zeros(1, n)}, {"w": torch.ones(1, 1)}
+    view = Sent(channel)
+    assert float(effective(view, {"w": error}, Box(zero, zero, one))) == pytest.approx(n, rel=0.1)
+    few = torch.cat([error[:, :2000], torch.zeros(1, n - 2000)], 1)
+    assert float(effective(view, {"w": few}, Box(zero, zero, one))) == pytest.approx(2000, rel=0.3)

@@ -204,7 +204,7 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
             return torch.zeros_like(state.size)
         images, target = split(view, state._replace(x=state.best_x))
         update = vmap(lambda x, t: routes.update_of(view, x, t, given(view)))(images, target)
-        count = objectives.effective(update, state.goal)
+        count = objectives.effective(view, update, state.goal)
         pixels = torch.Size(images.shape[1:]).numel()
         return pixels / (count - pixels).clamp(min=1)
 
