@@ -45,6 +45,13 @@ def test_claims_about_trainings_studies_and_rounds(verify):
     assert [verify.check(c, summary) for c in verify.claims(doc)] == [(True, 0.8), (True, 15.0), (True, 7.0)]
 
 
-def test_every_shipped_recipe_makes_claims(verify):
-    for name in recipes.names():
+# Built, tried at small size, and not measured at its default size yet: no number, no claim.
+UNMEASURED = {
+    "accuracy_under_channel", "attackers", "convergence_stage", "dlg_defences", "frontier", "rounds_to_recovery", "seeds",
+}  # fmt: skip
+
+
+def test_every_measured_recipe_makes_claims(verify):
+    assert set(recipes.names()) >= UNMEASURED
+    for name in set(recipes.names()) - UNMEASURED:
         assert verify.claims(recipes.docstring(recipes.path_of(name))), name

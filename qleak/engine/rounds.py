@@ -23,7 +23,7 @@ def plan_of(plan: Training, store: Run, channel: int, number: int) -> Audit:
     )  # fmt: skip
 
 
-def audits(plan: Training, store: Run, device: str) -> Iterator[Event]:
+def audits(plan: Training, store: Run, device: str, workers: int = 1) -> Iterator[Event]:
     """Runs the audits of the first seed of every channel, each in a run folder of its own below `audits/`.
 
     Their rows are the run's rows too, with kind "audit" and the round.
@@ -38,7 +38,7 @@ def audits(plan: Training, store: Run, device: str) -> Iterator[Event]:
             other = (folder / "run.json").is_file() and stores.read_run(folder).get("plan_id") != mine.id
             with stores.open_run(folder, header(mine), fresh=other) as inner:  # other: the training was started over
                 try:
-                    for event in audit.run(mine, inner, device):
+                    for event in audit.run(mine, inner, device, workers):
                         if isinstance(event, Step):
                             yield event._replace(key=f"audit-{name}-{event.key}", label=f"round {number} {event.label}")
                 except Expected as error:  # no attack applies here: said, and the training stands

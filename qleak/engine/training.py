@@ -76,7 +76,7 @@ def run(plan: Training, store: Run, device: str = "cpu", workers: int = 1) -> It
             yield _step(plan, by_key[key], event, store)
     finally:
         torch.set_num_threads(threads)
-    yield from rounds.audits(plan, store, device)
+    yield from rounds.audits(plan, store, device, workers)
     summary = summarise(plan, store.rows())
     store.update(status="done", summary=summary, finished=_now())
     yield Finished(summary)

@@ -165,8 +165,8 @@ def threat_model(header: dict[str, Any], batch: int) -> list[tuple[str, str]]:
     )
     success = (
         f"A PSNR of at least {plan['success']:g} dB that also beats every control of the same image. The restart that "
-        "counts is chosen by the attacker's own loss; the oracle column chooses restart and prior weight by the "
-        "truth, which no attacker can."
+        "counts is chosen by the attacker's own loss; in the oracle column the truth chooses restart and weight, "
+        "which no attacker can."
     )
     return [
         ("What the client sends", sends),
