@@ -25,7 +25,8 @@ Claims:
 
 from qleak.attacks import adaptive, dlg
 from qleak.catalog import build
-from qleak.channels import Channel, rounds
+from qleak.channels import Channel
+from qleak.channels import rounds as sent_again
 from qleak.plans import Audit
 
 LEVELS = (4096, 256, 120, 64, 40, 16, 8, 4, 2)
@@ -55,7 +56,7 @@ GRID = (
 
 def quantization_sweep(
     channels: str = "all",
-    rounds_: int = 1,
+    rounds: int = 1,
     seeds: int = 8,
     images: int = 6,
     model: str = "lenet",
@@ -66,7 +67,7 @@ def quantization_sweep(
 
     Args:
         channels: "all", or channels separated by ";", e.g. "chain(uniform(bits=4)); chain(sign())".
-        rounds_: rounds of every random channel on the same batch, their likelihoods added.
+        rounds: rounds of every random channel on the same batch, their likelihoods added.
         seeds: restarts on every image.
         images: the first so many images of the set.
         model: a model of `qleak ls models`, or run:ID.
@@ -78,7 +79,7 @@ def quantization_sweep(
         model=build("models", model),
         data=data,
         victims=tuple(range(images)),
-        channels=tuple(repeated(c, rounds_) for c in chosen),
+        channels=tuple(repeated(c, rounds) for c in chosen),
         attacks=(dlg(outer=300 if full else 20), adaptive()),
         restarts=32 if full else seeds,
         wrong=1,
@@ -87,4 +88,4 @@ def quantization_sweep(
 
 def repeated(channel: Channel, times: int) -> Channel:
     """Several rounds where they tell the attacker something new."""
-    return rounds(channel, times) if times > 1 and any(s.noise for s in channel.stages) else channel
+    return sent_again(channel, times) if times > 1 and any(s.noise for s in channel.stages) else channel
