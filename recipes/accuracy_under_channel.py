@@ -1,7 +1,16 @@
-"""What a channel costs in accuracy: one ReLU convolutional net trained through each, several seeds.
+"""What a channel costs in accuracy: 16 levels, a sign bit or keep-60 % nothing to speak of, four biased levels two seeds of three.
 
-Every seed has its own weights and order of images, the same for every channel, so differences are paired.
-`--data cifar10-12k` takes the 10,000 training and 2,000 test images of that file instead of Fashion-MNIST.
+One ReLU convolutional net trained through each channel on 10,000 images of Fashion-MNIST, 4 epochs, three seeds. Every seed
+has its own weights and order of images, the same for every channel, so differences are paired. `--data cifar10-12k`
+takes the 10,000 training and 2,000 test images of that file instead.
+
+Claims:
+    fp32 training test_accuracy >= 0.82
+    uniform(levels=16) training test_accuracy >= 0.82
+    stochastic(levels=16) training test_accuracy >= 0.82
+    sign training test_accuracy >= 0.82
+    top_k(ratio=0.01) training test_accuracy >= 0.77
+    uniform(levels=4) training test_accuracy <= 0.75
 """
 
 from qleak.attacks import adaptive, dlg
