@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qleak.catalog import factory
-from qleak.channels.reading import read_cell, widen
+from qleak.channels.reading import coded, read_cells, widen
 from qleak.check import between, whole
 from qleak.types import Belief, Bound, Facts, Side, Stage, Tree
 
@@ -58,8 +58,7 @@ def fixed_point(bits: int = 16, fraction: int = 14) -> Stage:
         return lows, highs
 
     def read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
-        lo, hi = cell(knobs, code, side, belief.mean)
-        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+        return read_cells(cell(knobs, code, side, belief.mean), belief)
 
     def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
         low, high = (e * knobs["step"] for e in ends(knobs))
@@ -72,9 +71,8 @@ def fixed_point(bits: int = 16, fraction: int = 14) -> Stage:
         n = sum(v.numel() for v in like.values()) if like is not None else None
         limit = None if n is None else math.sqrt(n) * 2.0 ** (bits - 1 - fraction)
         twice = None if limit is None else 2 * limit
-        exact = reset.exact and before.law in ("none", "gauss")
         bounds = {"bound": Bound(2, limit), "sensitivity": Bound(2, twice, "replace-one")}
-        return replace(reset, unbiased=False, width=float(bits), exact=exact, **bounds)
+        return replace(coded(before, reset, bits), **bounds)
 
     knobs = {"step": 2.0**-fraction, "half": 2.0 ** (bits - 1)}
-    return Stage("fixed_point", "code", send, push, receive, fold, read, cell, cost=lambda k, b, a: 0.0, knobs=knobs)
+    return Stage("fixed_point", "code", send, push, receive, fold, read, cell, knobs=knobs)

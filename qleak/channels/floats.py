@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qleak.catalog import factory
-from qleak.channels.reading import read_cell, widen
+from qleak.channels.reading import coded, read_cells, widen
 from qleak.check import one_of
 from qleak.types import Belief, Facts, Side, Stage, Tree
 
@@ -94,8 +93,7 @@ def _cast(name: str, form: str, scale: str) -> Stage:
         return lows, highs
 
     def read(knobs: dict, code: Tree, side: Side, belief: Belief, law: str) -> Tree:
-        lo, hi = cell(knobs, code, side, belief.mean)
-        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+        return read_cells(cell(knobs, code, side, belief.mean), belief)
 
     def push(knobs: dict, belief: Belief, side: Side | None) -> Belief:
         var = {}
@@ -106,8 +104,7 @@ def _cast(name: str, form: str, scale: str) -> Stage:
         return Belief(belief.mean, var)
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        exact = reset.exact and before.law in ("none", "gauss")
-        return replace(reset, unbiased=False, width=float(width), exact=exact)
+        return coded(before, reset, width)
 
     def cost(knobs: dict, before: Tree, after: Tree) -> float:
         return 32.0 * len(after) if scale == "max" else 0.0

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qleak.catalog import factory
-from qleak.channels.reading import read_cell, widen
+from qleak.channels.reading import coded, read_cells, widen
 from qleak.check import at_least, between, whole
 from qleak.types import Belief, Facts, Side, Stage, Tree
 
@@ -66,8 +65,7 @@ def kmeans(clusters: int = 16, iterations: int = 25) -> Stage:
         return lows, highs
 
     def read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
-        lo, hi = cell(knobs, code, side, belief.mean)
-        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+        return read_cells(cell(knobs, code, side, belief.mean), belief)
 
     def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
         """Straight through, with the variance that clustering the guess itself leaves."""
@@ -79,8 +77,7 @@ def kmeans(clusters: int = 16, iterations: int = 25) -> Stage:
         return Belief(belief.mean, var)
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        exact = reset.exact and before.law in ("none", "gauss")
-        return replace(reset, unbiased=False, width=float(math.ceil(math.log2(clusters))), exact=exact)
+        return coded(before, reset, math.ceil(math.log2(clusters)))
 
     def cost(knobs: dict[str, float], before: Tree, after: Tree) -> float:
         return 32.0 * clusters * len(after)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from qleak.catalog import factory
-from qleak.channels.reading import read_cell, widen
+from qleak.channels.reading import coded, read_cells, widen
 from qleak.check import between, whole
 from qleak.types import Belief, Facts, Side, Stage, Tree
 
@@ -69,7 +68,7 @@ def logarithmic(bits: int = 4) -> Stage:
             last = knobs["magnitudes"]
             hi = {k: torch.where(code[k] == last, math.inf, v) for k, v in hi.items()}
             lo = {k: torch.where(code[k] == -last, -math.inf, v) for k, v in lo.items()}
-        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+        return read_cells((lo, hi), belief)
 
     def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
         """Straight through; a cell of [2^(e−½), 2^(e+½)] is |x|/√2 wide."""
@@ -77,8 +76,7 @@ def logarithmic(bits: int = 4) -> Stage:
         return Belief(belief.mean, var)
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        exact = reset.exact and before.law in ("none", "gauss")
-        return replace(reset, unbiased=False, width=float(bits), exact=exact)
+        return coded(before, reset, bits)
 
     def cost(knobs: dict[str, float], before: Tree, after: Tree) -> float:
         return 8.0 * len(after)

@@ -94,7 +94,7 @@ def powersgd(rank: int = 2) -> Stage:
         return replace(reset, unbiased=False, width=32.0, exact=reset.exact and before.law == "none")
 
     return Stage(
-        "powersgd", "code", send, push, receive, fold, read, cost=lambda k, b, a: 0.0, shape=shape, init=init
+        "powersgd", "code", send, push, receive, fold, read, shape=shape, init=init
     )  # fmt: skip
 
 

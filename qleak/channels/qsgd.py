@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qleak.catalog import factory
 from qleak.channels.grid import Groups, groups, largest
-from qleak.channels.reading import read_coin, widen
+from qleak.channels.reading import coded, read_coin, widen
 from qleak.check import at_least, one_of, whole
 from qleak.types import Belief, Facts, Side, Stage, Tree
 
@@ -128,9 +128,8 @@ def _magnitude(name: str, cut: Groups, norm: str, levels: float, clip: float) ->
         return Belief({k: clipped(m) for k, m in belief.mean.items()}, var)
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        width = float(math.ceil(math.log2(2 * levels + 1)))
-        exact = reset.exact and before.law in ("none", "gauss") and not (clip and before.law != "none")
-        return replace(reset, unbiased=reset.unbiased and not clip, width=width, exact=exact)
+        facts = coded(before, reset, math.ceil(math.log2(2 * levels + 1)), unbiased=not clip)
+        return replace(facts, exact=facts.exact and not (clip and before.law != "none"))
 
     def cost(knobs: dict[str, float], before: Tree, after: Tree) -> float:
         return 32.0 * cut.sides(after)

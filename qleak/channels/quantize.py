@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from qleak.catalog import factory
 from qleak.channels.grid import Groups, extremes, groups, largest
-from qleak.channels.reading import read_cell, read_coin, widen
+from qleak.channels.reading import coded, read_cells, read_coin, widen
 from qleak.check import Expected, between, one_of, whole
 from qleak.types import Belief, Facts, Side, Stage, Tree
 
@@ -46,11 +45,7 @@ def uniform(
     Raises:
         Expected: levels or bits out of range, or both given.
     """
-    n = _levels(levels, bits, range)
     grid = Grid(groups(per, bucket), range)
-
-    def send(knobs: dict[str, Tensor], x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
-        return _send(grid, knobs, x, lambda k, t: t.round(), state)
 
     def read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
         lo, hi = grid.cell(knobs, code, side, belief.mean, 0.5)
@@ -58,19 +53,10 @@ def uniform(
             last = grid.last(knobs, next(iter(lo.values())))
             lo = {k: torch.where(code[k] == 0, -math.inf, v) for k, v in lo.items()}
             hi = {k: torch.where(code[k] == last, math.inf, v) for k, v in hi.items()}
-        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+        return read_cells((lo, hi), belief)
 
-    def cell(knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> tuple[Tree, Tree]:
-        return grid.cell(knobs, code, side, like, 0.5)
-
-    def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
-        """Straight through: the mean as it is, rounding as uniform noise of variance step²/12 (Bennett 1948)."""
-        return grid.blur(knobs, belief, 1 / 12)
-
-    return Stage(
-        "uniform", "code", send, push, grid.receive, _fold(n, False), read, cell, cost=grid.cost,
-        knobs={"levels": float(n)}, moments=lambda k, code, side, like: grid.moments(k, code, side, like, 1 / 12),
-    )  # fmt: skip
+    # Unseen, rounding is uniform noise of variance step²/12 (Bennett 1948).
+    return _stage("uniform", _levels(levels, bits, range), grid, lambda t, u: t.round(), read, 0.5, 1 / 12)
 
 
 @factory
@@ -96,28 +82,17 @@ def stochastic(
     Raises:
         Expected: levels or bits out of range, or both given.
     """
-    n = _levels(levels, bits, range)
     grid = Grid(groups(per, bucket), range)
-
-    def send(knobs: dict[str, Tensor], x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
-        return _send(grid, knobs, x, lambda k, t: (t + noise[k].to(t.dtype)).floor(), state)
 
     def read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
         return {
             k: read_coin(m, *grid.centre(knobs, code[k], side, k, m), belief.var.get(k)) for k, m in belief.mean.items()
         }
 
-    def cell(knobs: dict[str, Tensor], code: Tree, side: Side, like: Tree) -> tuple[Tree, Tree]:
-        return grid.cell(knobs, code, side, like, 1.0)
-
-    def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
-        """The mean exactly; the coin's variance f(1 − f)step² at its average over f, step²/6."""
-        return grid.blur(knobs, belief, 1 / 6)
-
-    return Stage(
-        "stochastic", "code", send, push, grid.receive, _fold(n, True), read, cell, cost=grid.cost,
-        knobs={"levels": float(n)}, noise="uniform",
-        moments=lambda k, code, side, like: grid.moments(k, code, side, like, 1 / 6),
+    # Unseen, the coin's variance f(1 − f)step² at its average over f is step²/6.
+    return _stage(
+        "stochastic", _levels(levels, bits, range), grid, lambda t, u: (t + u.to(t.dtype)).floor(), read, 1.0, 1 / 6,
+        noise="uniform",
     )  # fmt: skip
 
 
@@ -190,18 +165,32 @@ class Grid(NamedTuple):
         return 32.0 * (2 if self.range == "minmax" else 1) * self.groups.sides(after)
 
 
-def _send(
-    grid: Grid, knobs: dict[str, Tensor], x: Tree, rounding: Callable[[str, Tensor], Tensor], state: Any
-) -> tuple[Tree, Side, Any]:
-    sides: dict[str, dict[str, Tensor]] = {}
-    code = {}
-    for k, v in x.items():
-        for name, scale in grid.side(v).items():
-            sides.setdefault(name, {})[k] = scale
-        base, middle, step = grid.points(knobs, sides, k, v)
-        t = (v - base) / torch.where(step > 0, step, 1) + middle
-        code[k] = torch.minimum(rounding(k, t).clamp(min=0), grid.last(knobs, v)).to(torch.int32)
-    return code, sides, state
+def _stage(
+    name: str, levels: int, grid: Grid, rounding: Callable[[Tensor, Any], Tensor], read: Callable[..., Tree],
+    half: float, spread: float, noise: Literal["uniform"] | None = None,
+) -> Stage:  # fmt: skip
+    """Rounding to a grid: `rounding(place, draw) -> code`, cells of ± `half` steps, errors of variance `spread`·step²."""
+
+    def send(knobs: dict[str, Tensor], x: Tree, draws: Tree, state: Any) -> tuple[Tree, Side, Any]:
+        sides: dict[str, dict[str, Tensor]] = {}
+        code = {}
+        for k, v in x.items():
+            for side, scale in grid.side(v).items():
+                sides.setdefault(side, {})[k] = scale
+            base, middle, step = grid.points(knobs, sides, k, v)
+            t = (v - base) / torch.where(step > 0, step, 1) + middle
+            code[k] = torch.minimum(rounding(t, draws.get(k)).clamp(min=0), grid.last(knobs, v)).to(torch.int32)
+        return code, sides, state
+
+    def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
+        return coded(before, reset, math.ceil(math.log2(levels)), unbiased=bool(noise))
+
+    return Stage(
+        name, "code", send, lambda knobs, belief, side: grid.blur(knobs, belief, spread), grid.receive, fold, read,
+        lambda knobs, code, side, like: grid.cell(knobs, code, side, like, half), cost=grid.cost,
+        knobs={"levels": float(levels)}, noise=noise,
+        moments=lambda knobs, code, side, like: grid.moments(knobs, code, side, like, spread),
+    )  # fmt: skip
 
 
 def _levels(levels: int | None, bits: int | None, range: str) -> int:
@@ -216,13 +205,3 @@ def _levels(levels: int | None, bits: int | None, range: str) -> int:
     whole(levels=levels)
     between(2 if range == "minmax" else 3, 2**24, levels=levels)
     return levels
-
-
-def _fold(levels: int, unbiased: bool) -> Callable[[Facts, Facts, Tree | None], Facts]:
-    width = float(math.ceil(math.log2(levels)))
-
-    def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        readable = before.law in ("none", "gauss")  # the closed forms are of Gaussian noise
-        return replace(reset, unbiased=reset.unbiased and unbiased, width=width, exact=reset.exact and readable)
-
-    return fold

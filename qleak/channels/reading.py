@@ -8,9 +8,12 @@ A density and a probability differ by a constant, so losses compare within one c
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from qleak.types import Belief, Facts, Tree
 
 SQRT2 = math.sqrt(2)
 
@@ -68,12 +71,23 @@ def soft_interval(m: Tensor, lo: Tensor, hi: Tensor, v: Tensor) -> Tensor:
     return -(upper + torch.where(open_low, 0.0, torch.log(-torch.expm1(gap))))
 
 
-def read_cell(m: Tensor, lo: Tensor, hi: Tensor, v: Tensor | None, law: str) -> Tensor:
-    """The reading of a deterministic code: the interval without noise, the soft interval behind noise.
+def read_cells(bounds: tuple[Tree, Tree], belief: Belief) -> Tree:
+    """The reading of a deterministic code with cells `(lo, hi)`: the interval without noise, the soft one behind noise.
 
-    Laplace and mixed noise are read as Gaussian noise of the same variance (`Facts.exact` is False).
+    Laplace and mixed noise are read as Gaussian noise of the same variance (see `coded`).
     """
-    return interval(m, lo, hi) if v is None else soft_interval(m, lo, hi, v)
+    lo, hi = bounds
+    out = {}
+    for k, m in belief.mean.items():
+        v = belief.var.get(k)
+        out[k] = interval(m, lo[k], hi[k]) if v is None else soft_interval(m, lo[k], hi[k], v)
+    return out
+
+
+def coded(before: Facts, reset: Facts, width: float, unbiased: bool = False) -> Facts:
+    """What is known behind a code of `width` bits: read exactly alone and behind Gaussian noise, by moments elsewhere."""
+    exact = reset.exact and before.law in ("none", "gauss")
+    return replace(reset, unbiased=reset.unbiased and unbiased, width=float(width), exact=exact)
 
 
 CLIFF = 1e-3

@@ -78,8 +78,10 @@ class Rounds(Channel):
 
     def bits(self, message: Message, like: Tree, leg: int = -1, coded: bool = False) -> float:
         """Bits of all rounds."""
-        each = [tree.nested_map(lambda t, i=i: t[i], message) for i in range(self.times)]
-        return sum(super(Rounds, self).bits(m, like, leg, coded) for m in each)
+        one = super().bits
+        if not coded:  # every round costs the same
+            return self.times * one(tree.nested_map(lambda t: t[0], message), like, leg)
+        return sum(one(tree.nested_map(lambda t, i=i: t[i], message), like, leg, True) for i in range(self.times))
 
     def cell(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> tuple[Tree, Tree]:
         """The intersection over rounds."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from qleak.catalog import factory
-from qleak.channels.reading import bernoulli, read_cell
+from qleak.channels.reading import bernoulli, read_cells
 from qleak.check import one_of, positive
 from qleak.types import Belief, Bound, Facts, Side, Stage, Tree
 
@@ -41,8 +41,7 @@ def sign(scale: str = "mean") -> Stage:
         return lo, {k: torch.where(code[k] == 1, math.inf, z) for k, z in zero.items()}
 
     def read(knobs: dict, code: Tree, side: Side, belief: Belief, law: str) -> Tree:
-        lo, hi = cell(knobs, code, side, belief.mean)
-        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+        return read_cells(cell(knobs, code, side, belief.mean), belief)
 
     def clear(knobs: dict, side: Side, mean: Tree) -> Tree:
         """Half-lines alone fit every shorter gradient too: the magnitude in clear says how long, n(mean|m| − s)²."""
@@ -56,7 +55,10 @@ def sign(scale: str = "mean") -> Stage:
         mean = {k: size[k] * torch.tanh(m / m.detach().abs().mean().clamp(min=1e-30)) for k, m in belief.mean.items()}
         return Belief(mean, {k: size[k].square() - m.square() for k, m in mean.items()})
 
-    return Stage("sign", "code", send, push, _receive, _fold(scale), read, cell, cost=_cost(scale), clear=clear)
+    def cost(knobs: dict, before: Tree, after: Tree) -> float:
+        return 32.0 * len(after) if scale == "mean" else 0.0
+
+    return Stage("sign", "code", send, push, _receive, _fold(scale), read, cell, cost=cost, clear=clear)
 
 
 @factory
@@ -95,18 +97,12 @@ def stochastic_sign(cap: float | None = None) -> Stage:
         open_ = {k: torch.full(c.shape, math.inf, dtype=like[k].dtype, device=c.device) for k, c in code.items()}
         return {k: -v for k, v in open_.items()}, open_
 
-    return Stage(
-        "stochastic_sign", "code", send, push, _receive, _fold("none"), read, cell, cost=_cost("none"), noise="uniform"
-    )
+    return Stage("stochastic_sign", "code", send, push, _receive, _fold("none"), read, cell, noise="uniform")
 
 
 def _receive(knobs: dict, code: Tree, side: Side, like: Tree) -> Tree:
     scale = side.get("scale", {})
     return {k: ((2 * c - 1).to(like[k].dtype) * scale.get(k, 1)).to(like[k].dtype) for k, c in code.items()}
-
-
-def _cost(scale: str) -> Any:
-    return lambda knobs, before, after: 32.0 * len(after) if scale == "mean" else 0.0
 
 
 def _fold(scale: str) -> Any:
@@ -147,8 +143,7 @@ def threshold(at: float = 1.0) -> Stage:
         return lo, {k: torch.where(c == -1, -at_[k], torch.where(c == 0, at_[k], math.inf)) for k, c in code.items()}
 
     def read(knobs: dict[str, Tensor], code: Tree, side: Side, belief: Belief, law: str) -> Tree:
-        lo, hi = cell(knobs, code, side, belief.mean)
-        return {k: read_cell(m, lo[k], hi[k], belief.var.get(k), law) for k, m in belief.mean.items()}
+        return read_cells(cell(knobs, code, side, belief.mean), belief)
 
     def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
         mean = {k: torch.tanh(m / knobs["at"]) for k, m in belief.mean.items()}
@@ -166,6 +161,5 @@ def threshold(at: float = 1.0) -> Stage:
         fold,
         read,
         cell,
-        cost=lambda knobs, before, after: 0.0,
         knobs={"at": at},
     )
