@@ -288,6 +288,9 @@ def test_entropy_coded_bits():
     values = chain(top_k(k=2))
     message, _ = send(values, x)
     assert values.bits(message, x, coded=True) == values.bits(message, x) == 2 * 32 + 2 * 10
+    factors, matrix = chain(powersgd(rank=1)), {"w": x["w"].view(20, 50)}
+    message, _ = send(factors, matrix)
+    assert factors.bits(message, matrix, coded=True) == factors.bits(message, matrix) == 32 * 70
 
 
 # --- degenerate input -------------------------------------------------------------------------------

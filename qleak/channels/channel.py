@@ -155,12 +155,11 @@ class Channel:
         rows = math.prod(next(iter(message.code.values())).shape[: self.depth(i)])
         stages = self.legs[i].stages
         likes = legs.likes_of(stages, like)
-        side = sum(s.cost(s.knobs, a, b) for s, a, b in zip(stages, likes, likes[1:], strict=False) if s.cost)
-        if not stages or stages[-1].kind != "code":
-            return rows * (side + 32.0 * tree.count(likes[-1]))
-        if coded:
+        side = sum((s.cost(s.knobs, a, b) for s, a, b in zip(stages, likes, likes[1:], strict=False) if s.cost), 0.0)
+        width = 32.0 if not stages or stages[-1].kind != "code" else self.upto(i).facts(like).width
+        if coded and width < 32:  # numbers sent as they are have no symbols to count
             return rows * side + sum(legs.entropy(v) for v in message.code.values())
-        return rows * (side + math.ceil(self.upto(i).facts(like).width) * tree.count(likes[-1]))
+        return rows * (side + math.ceil(width) * tree.count(likes[-1]))
 
     # --- reading ---
 
