@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -107,6 +107,15 @@ def build(room: str, text: str) -> Any:
     except SyntaxError:
         raise Expected(f"Expected {room[:-1]} {text!r} to be written like name(key=value, …).") from None
     return _build(room, node, text)
+
+
+def several(room: str, text: str, every: Sequence[str]) -> tuple[Any, ...]:
+    """The objects that `text` names, separated by ";"; "all" stands for `every`.
+
+    Raises:
+        Expected: see `build`.
+    """
+    return tuple(build(room, one) for one in (every if text == "all" else text.split(";")))
 
 
 def _normalise(text: str) -> str:

@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
@@ -157,6 +158,11 @@ class Run:
         text = _dumps(self.header | fields, indent=1)
         disk.replace(self.folder / "run.json", (text + "\n").encode())
         self.header = json.loads(text)
+
+
+def now() -> str:
+    """The time as run.json writes it: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def open_run(folder: Path, header: dict[str, Any], fresh: bool = False) -> Run:

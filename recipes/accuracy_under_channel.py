@@ -14,7 +14,7 @@ Claims:
 """
 
 from qleak.attacks import adaptive, dlg
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.client import gradient
 from qleak.plans import Training
 from qleak.train import sgd
@@ -62,11 +62,10 @@ def accuracy_under_channel(
         attack_rounds: rounds, e.g. 1,10,100, whose weights are attacked through the same channels, on the first batches.
         full: all images, 10 epochs.
     """
-    chosen = CHANNELS if channels == "all" else tuple(channels.split(";"))
     return Training(
         model=build("models", model or shape_of(data)),
         data=data,
-        channels=tuple(build("channels", c) for c in chosen),
+        channels=several("channels", channels, CHANNELS),
         client=gradient(batch=batch),
         clients=clients,
         split=split,

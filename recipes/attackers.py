@@ -5,7 +5,7 @@ each tensor's error by its step, "straight_through" quantizes the guess too.
 """
 
 from qleak.attacks import adaptive, cells
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.plans import Audit
 
 CHANNELS = (
@@ -38,13 +38,12 @@ def attackers(
         data: a data set that fits it.
         full: 8 restarts.
     """
-    chosen = CHANNELS if channels == "all" else tuple(channels.split(";"))
     same = {"weight": 0.3, "fade": 0.3, "stages": 9, "steps": 50, "last": 50, "path": True, "labels": "auto"}
     return Audit(
         model=build("models", model),
         data=data,
         victims=tuple(range(images)),
-        channels=tuple(build("channels", c) for c in chosen),
+        channels=several("channels", channels, CHANNELS),
         attacks=(
             *(cells(objective=o, **same) for o in ("l2", "cosine", "weighted", "straight_through")),
             adaptive(),

@@ -6,7 +6,7 @@ a convolutional net trained through the same channels.
 """
 
 from qleak.attacks import adaptive, dlg
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.client import gradient
 from qleak.plans import Audit, Study, Training
 from qleak.train import sgd
@@ -44,7 +44,7 @@ def dlg_defences(
         seeds: trainings per channel.
         full: the 2019 attack at 300 × 20 closures and 16 restarts, all images, 10 epochs.
     """
-    chosen = tuple(build("channels", c) for c in CHANNELS)
+    chosen = several("channels", "all", CHANNELS)
     grey = not data.startswith(("cifar", "svhn"))
     audit = Audit(
         model=build("models", "lenet"),

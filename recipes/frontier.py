@@ -5,7 +5,7 @@ is trained through the channel. A point beats another if it leaks less and learn
 """
 
 from qleak.attacks import adaptive, dlg
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.client import gradient
 from qleak.plans import Audit, Study, Training
 from qleak.train import sgd
@@ -51,7 +51,7 @@ def frontier(
         seeds: trainings per channel.
         full: 16 restarts, all images, 10 epochs.
     """
-    chosen = tuple(build("channels", c) for c in (CHANNELS if channels == "all" else channels.split(";")))
+    chosen = several("channels", channels, CHANNELS)
     net = build("models", model)
     audit = Audit(
         model=net,

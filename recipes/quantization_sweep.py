@@ -24,7 +24,7 @@ Claims:
 """
 
 from qleak.attacks import adaptive, dlg
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.channels import Channel
 from qleak.channels import rounds as sent_again
 from qleak.plans import Audit
@@ -74,12 +74,11 @@ def quantization_sweep(
         data: a data set that fits it.
         full: the 2019 attack at its paper's 300 × 20 closures, 32 restarts.
     """
-    chosen = [build("channels", c) for c in (GRID if channels == "all" else channels.split(";"))]
     return Audit(
         model=build("models", model),
         data=data,
         victims=tuple(range(images)),
-        channels=tuple(repeated(c, rounds) for c in chosen),
+        channels=tuple(repeated(c, rounds) for c in several("channels", channels, GRID)),
         attacks=(dlg(outer=300 if full else 20), adaptive()),
         restarts=32 if full else seeds,
         wrong=1,

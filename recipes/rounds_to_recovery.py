@@ -5,7 +5,7 @@ gradient. The first number of rounds that rebuilds an image is the channel's rou
 """
 
 from qleak.attacks import adaptive
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.channels import rounds
 from qleak.plans import Audit
 
@@ -32,7 +32,7 @@ def rounds_to_recovery(
         model=build("models", model),
         data=data,
         victims=tuple(range(6 if full else images)),
-        channels=tuple(rounds(build("channels", c), int(k)) for c in channels.split(";") for k in times.split(",")),
+        channels=tuple(rounds(c, int(k)) for c in several("channels", channels, ()) for k in times.split(",")),
         attacks=(adaptive(),),
         restarts=8 if full else 1,
         wrong=1,

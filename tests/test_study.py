@@ -97,6 +97,17 @@ def test_a_part_that_is_done_is_not_run_again(plan, tmp_path):
     assert (tmp_path / "s" / "accuracy" / "rows.jsonl").read_bytes() == before
 
 
+def test_starting_over_starts_every_part_over(plan, tmp_path):
+    with store.open_run(tmp_path / "s", header(plan)) as run:
+        list(engine.run(plan, run))
+    rows = tmp_path / "s" / "accuracy" / "rows.jsonl"
+    first = rows.stat().st_mtime_ns
+    with store.open_run(tmp_path / "s", header(plan), fresh=True) as run:
+        list(engine.run(plan, run))
+    assert rows.stat().st_mtime_ns > first
+    assert store.read_run(tmp_path / "s" / "accuracy")["status"] == "done"
+
+
 @pytest.mark.slow
 def test_the_command_line_runs_shows_and_compares_a_study(tmp_path):
     (tmp_path / "small.py").write_text(RECIPE, encoding="utf-8")

@@ -67,8 +67,9 @@ def cells(
     """
     one_of([s for s in STARTS if s != "solved"], start=start)
     settings = _settings(
-        weight, fade, stages, steps, last, gain, path, objective, labels, slack, start, optimizer, lr, route
-    )
+        weight, fade, stages, steps, last, gain=gain, path=path, objective=objective, labels=labels, slack=slack,
+        start=start, optimizer=optimizer, lr=lr, route=route,
+    )  # fmt: skip
     return matching(settings, PAPERS)
 
 
@@ -96,9 +97,7 @@ def refine(
         slack: unit in which the output error moves, see `cells`.
         path: see `cells`.
     """
-    settings = _settings(
-        weight, fade, stages, steps, last, 0.02, path, "cells", "auto", slack, "solved", "lbfgs", 1.0, "auto"
-    )
+    settings = _settings(weight, fade, stages, steps, last, path=path, slack=slack, start="solved")
     return matching(settings, (*PAPERS, "Zhu, Blaschko. R-GAP: Recursive Gradient Attack on Privacy. ICLR 2021."))
 
 
@@ -122,16 +121,14 @@ def adaptive(
         steps: closures of each of them.
         last: closures of the final stage.
     """
-    settings = _settings(
-        weight, fade, stages, steps, last, 0.02, True, "cells", "auto", 0.01, "dark", "lbfgs", 1.0, "auto"
-    )
+    settings = _settings(weight, fade, stages, steps, last, path=True)
     return matching(settings, (*PAPERS, "Morozov. On the solution of functional equations by regularization. 1966."))
 
 
 def _settings(
-    weight: float, fade: float, stages: int, steps: int, last: int, gain: float, path: bool, objective: str,
-    labels: str,
-    slack: float, start: str, optimizer: str, lr: float, route: str,
+    weight: float, fade: float, stages: int, steps: int, last: int, *, gain: float = 0.02, path: bool = False,
+    objective: str = "cells", labels: str = "auto", slack: float = 0.01, start: str = "dark", optimizer: str = "lbfgs",
+    lr: float = 1.0, route: str = "auto",
 ) -> Settings:  # fmt: skip
     whole(stages=stages, steps=steps, last=last)
     at_least(1, stages=stages, steps=steps, last=last)

@@ -33,9 +33,8 @@ class MatchState(NamedTuple):
     """`lane` first everywhere.
 
     `x` is the flat vector under optimisation (images, then label logits); `goal` is what the
-    objective worked out from the message, `size` what the evidence is divided by, and `unit` what output errors
-    are counted in.
-    `trail [lane stage d]` and `trace [lane stage]` hold the guess and the evidence of every stage left.
+    objective worked out from the message, `size` what the evidence is divided by, and `unit` what
+    output errors are counted in. `trail [lane stage d]` and `trace [lane stage]` hold the guess and the evidence of every stage left.
     """
 
     x: Tensor
@@ -72,7 +71,7 @@ class Settings:
         weights: prior weight of each stage; one stage of weight 0 means no prior.
         fade: factor between stages, for a last stage on a channel that is not exact.
         steps: closures of each stage.
-        relative: divide the evidence by ‖decoded‖², so that weights mean the same on every net.
+        relative: divide the evidence by that of an update of zero, so that weights mean the same on every net.
         box: weight of the penalty on pixels outside [0, 1], times the prior weight or 1.
         patience: closures without 1 % improvement after which a lane counts as converged; 0 never.
         tolerance: a lane whose loss changes by less than this for 20 closures on end has converged; 0 never.

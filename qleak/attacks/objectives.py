@@ -108,15 +108,12 @@ def effective(view: View, update: Tree, goal: Box) -> Tensor:
 
 def size(view: View, kind: str, goal: Any) -> Tensor:
     """The misfit of an update of zero, `[lane]`, so that evidence runs from 1 to 0 on every net and channel."""
-    if kind == "cells" and view.channel.stages and not view.channel.has_cell(view.leg):
-        zero = {k: v.new_zeros(view.lanes, *v.shape) for k, v in view.like.items()}
-        return value_and_slope(objective(view, kind), zero, goal)[0].clamp(min=1e-30)
     if kind == "cosine":
         return torch.ones(view.lanes, device=next(iter(view.params.values())).device)
-    decoded = view.decoded()
-    if kind == "weighted" and isinstance(goal, Box):
-        zero = {k: torch.zeros_like(v) for k, v in decoded.items()}
+    if kind == "weighted" or (kind == "cells" and not _is_plain(view) and not _has_cell(view)):
+        zero = {k: v.new_zeros(view.lanes, *v.shape) for k, v in view.like.items()}
         return value_and_slope(objective(view, kind), zero, goal)[0].clamp(min=1e-30)
+    decoded = view.decoded()
     return vmap(tree.dot)(decoded, decoded).clamp(min=1e-30)
 
 

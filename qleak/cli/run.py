@@ -172,7 +172,7 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
         },
     }
     header = {
-        "kind": plan.kind, "plan_id": plan.id, "recipe": name, "plan": plan.as_json(), "flags": flags,
+        **plan.header(name, flags),
         "source": path.read_text(encoding="utf-8"), "choices": reasons + engine.choices(plan), "workers": workers, "device": device,
         **machine.describe(),
     }  # fmt: skip

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +23,7 @@ from qleak.jobs import Done, Job
 from qleak.metrics import Secret
 from qleak.plans import Audit, Chunk
 from qleak.scoring import rate_path, score_group, summarise
-from qleak.store import Run
+from qleak.store import Run, now
 from qleak.types import Buffers, Guess, Message, Params, Tree
 
 
@@ -100,7 +99,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     so stopping at any moment loses at most the chunks in flight.
     """
     prepared = prepare(plan)
-    store.update(status="running", started=store.header.get("started") or _now(), **_known(plan, prepared))
+    store.update(status="running", started=store.header.get("started") or now(), **_known(plan, prepared))
     if not store.has("victims"):
         store.save("victims", {"x": prepared.secret.x, "y": prepared.secret.y})
         for i, messages in enumerate(prepared.messages):
@@ -149,7 +148,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
         done[event.key] = event
         yield from groups()
     summary = summarise(plan, rows)
-    store.update(status="done", summary=summary, finished=_now())
+    store.update(status="done", summary=summary, finished=now())
     yield Finished(summary)
 
 
@@ -231,10 +230,6 @@ def estimate(plan: Audit, device: str = "cpu", steps: int = 3) -> dict[str, floa
             timed[what] = (time.process_time() - began) / min(steps, attack.steps) / len(chunk.lanes)
         seconds += timed[what] * attack.steps * len(chunk.lanes)
     return {"cpu_s": seconds, "bytes": size}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _tensors(done: Done) -> Tree:

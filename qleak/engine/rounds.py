@@ -36,7 +36,7 @@ def audits(plan: Training, store: Run, device: str, workers: int = 1) -> Iterato
             mine = plan_of(plan, store, channel, number)
             folder = store.folder / "audits" / name
             other = (folder / "run.json").is_file() and stores.read_run(folder).get("plan_id") != mine.id
-            with stores.open_run(folder, header(mine), fresh=other) as inner:  # other: the training was started over
+            with stores.open_run(folder, mine.header(), fresh=other) as inner:  # other: the training was started over
                 try:
                     for event in audit.run(mine, inner, device, workers):
                         if isinstance(event, Step):
@@ -46,15 +46,11 @@ def audits(plan: Training, store: Run, device: str, workers: int = 1) -> Iterato
                     store.update(refused=[*store.header.get("refused", []), refused])
                 rows = inner.rows()
             fresh = [_row(r, channel, number) for r in rows]
-            fresh = [r for r in fresh if r["key"] not in store.done()]
+            done = store.done()
+            fresh = [r for r in fresh if r["key"] not in done]
             if fresh:
                 store.append(fresh)
                 yield Rows(fresh)
-
-
-def header(plan: Audit) -> dict[str, Any]:
-    """run.json of such an audit."""
-    return {"kind": plan.kind, "plan_id": plan.id, "plan": plan.as_json(), "recipe": "", "flags": {}}
 
 
 def _row(row: dict[str, Any], channel: int, number: int) -> dict[str, Any]:

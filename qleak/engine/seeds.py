@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
+from statistics import fmean
 from typing import Any
 
+from qleak.metrics import student
 from qleak.plans import Training
 
 METRICS = ("train_loss", "test_loss", "train_accuracy", "test_accuracy")
@@ -38,13 +39,6 @@ def summarise(plan: Training, rows: list[dict[str, Any]]) -> list[dict[str, Any]
 
 def mean_interval(values: list[float], level: float = 0.95) -> tuple[float | None, list[float | None]]:
     """Mean and x̄ ± t·s/√n with n − 1 degrees of freedom (Student 1908); no interval from one value."""
-    from scipy import stats  # lazy: half a second
-
     if not values:
         return None, [None, None]
-    n, mean = len(values), math.fsum(values) / len(values)
-    if n == 1:
-        return mean, [None, None]
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    half = float(stats.t.ppf((1 + level) / 2, n - 1)) * spread / math.sqrt(n)
-    return mean, [mean - half, mean + half]
+    return fmean(values), list(student(values, level)) if len(values) > 1 else [None, None]

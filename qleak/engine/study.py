@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 from qleak import store as stores
 from qleak.engine import audit, training
 from qleak.engine.events import Event, Finished, Step
 from qleak.plans import Audit, Study, Training
-from qleak.store import Run
+from qleak.store import Run, now
 
 ENGINES: dict[type, Any] = {Audit: audit, Training: training}
 SHARED = ("versions", "git", "cpu", "cores", "system", "device", "workers", "choices")
@@ -22,15 +21,16 @@ def run(plan: Study, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     The joined table is written into its summary by whoever reads the parts (see `report.frontier`).
     """
     parts = [{"name": n, "folder": n, "kind": p.kind} for n, p in zip(plan.names, plan.parts, strict=True)]
-    store.update(status="running", started=store.header.get("started") or _now(), parts=parts)
+    store.update(status="running", started=store.header.get("started") or now(), parts=parts)
     for name, part in zip(plan.names, plan.parts, strict=True):
         shared = {k: store.header[k] for k in SHARED if k in store.header}
-        header = {"kind": part.kind, "plan_id": part.id, "plan": part.as_json(), "recipe": "", "flags": {}, **shared}
-        with stores.open_run(store.folder / name, header) as inner:
+        with stores.open_run(store.folder / name, part.header() | shared, fresh=not store.resumed) as inner:
+            if inner.header.get("status") == "done":
+                continue
             for event in ENGINES[type(part)].run(part, inner, device, workers):
                 if isinstance(event, Step):
                     yield event._replace(key=f"{name}/{event.key}", label=f"{name} · {event.label}", done=weight(event))
-    store.update(status="done", finished=_now())
+    store.update(status="done", finished=now())
     yield Finished([])
 
 
@@ -54,7 +54,3 @@ def estimate(plan: Study, device: str = "cpu") -> dict[str, float]:
     """CPU seconds of all parts, bytes of the largest job."""
     each = [ENGINES[type(part)].estimate(part, device) for part in plan.parts]
     return {"cpu_s": sum(e["cpu_s"] for e in each), "bytes": max(e["bytes"] for e in each)}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -6,7 +6,6 @@ import functools
 import math
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 import safetensors.torch
@@ -23,7 +22,7 @@ from qleak.engine.lessons import COLUMNS, Checkpoint, Group, Job, Progress
 from qleak.engine.seeds import METRICS, summarise
 from qleak.plans import Training
 from qleak.plans.training import Member
-from qleak.store import Run
+from qleak.store import Run, now
 from qleak.train import federated, lanes
 from qleak.types import Params, Tree
 
@@ -39,7 +38,7 @@ def run(plan: Training, store: Run, device: str = "cpu", workers: int = 1) -> It
     like, said, sizes = _fits(plan)
     bits = [federated.message_bits(c, like) for c in plan.channels]
     store.update(
-        status="running", started=store.header.get("started") or _now(), test_set=said, facts=_facts(plan, like, bits),
+        status="running", started=store.header.get("started") or now(), test_set=said, facts=_facts(plan, like, bits),
         papers=list(dict.fromkeys(p for a in plan.attacks for p in a.papers)), refused=[],
     )  # fmt: skip
     jobs = _jobs(plan, store, device, like)
@@ -48,7 +47,8 @@ def run(plan: Training, store: Run, device: str = "cpu", workers: int = 1) -> It
     def keep(job: Job, event: Checkpoint) -> Iterator[Rows]:
         flat = safetensors.torch.load(event.saved)
         store.save(f"state-{job.key}", flat)
-        fresh = [r for r in _rows(plan, job, flat, price) if r["key"] not in store.done()]
+        done = store.done()
+        fresh = [r for r in _rows(plan, job, flat, price) if r["key"] not in done]
         if event.epoch == plan.epochs:
             _models(plan, store, job, flat)
         if fresh:
@@ -78,7 +78,7 @@ def run(plan: Training, store: Run, device: str = "cpu", workers: int = 1) -> It
         torch.set_num_threads(threads)
     yield from rounds.audits(plan, store, device, workers)
     summary = summarise(plan, store.rows())
-    store.update(status="done", summary=summary, finished=_now())
+    store.update(status="done", summary=summary, finished=now())
     yield Finished(summary)
 
 
@@ -244,7 +244,3 @@ def estimate(plan: Training, device: str = "cpu", steps: int = 3) -> dict[str, f
         held = [*tree.flatten(Group(group.states, group.history, {})).values(), feds[0].data.x, bench.test.x]
         size = max(size, 4.0 * sum(v.nbytes for v in held))
     return {"cpu_s": seconds, "bytes": size}
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -25,6 +25,10 @@ class Written:
         values = {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # pyright: ignore[reportArgumentType]
         return {"kind": self.kind, "schema": SCHEMA} | values
 
+    def header(self, recipe: str = "", flags: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What run.json begins with."""
+        return {"kind": self.kind, "plan_id": self.id, "plan": self.as_json(), "recipe": recipe, "flags": flags or {}}
+
     @property
     def id(self) -> str:
         """Ten hex digits of the plan's content."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.console import RenderableType
@@ -14,6 +14,7 @@ from rich.text import Text
 
 from qleak import store
 from qleak.errors import Expected
+from qleak.metrics import student
 from qleak.report import words
 from qleak.report.compare import accuracy
 from qleak.store import Row
@@ -222,11 +223,5 @@ def setting(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _interval(values: list[float]) -> tuple[float, float, float]:
     """Mean and 95 % t interval; the mean alone, three times, for one value."""
-    n, mean = len(values), sum(values) / len(values)
-    if n < 2:
-        return mean, mean, mean
-    from scipy.stats import t
-
-    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    half = float(t.ppf(0.975, n - 1)) * spread
-    return mean, mean - half, mean + half
+    mean = fmean(values)
+    return (mean, *student(values)) if len(values) > 1 else (mean, mean, mean)
