@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,10 @@ from torch.func import grad, vmap
 
 from qleak.catalog import factory
 from qleak.channels import Channel
-from qleak.check import Expected, at_least, positive, whole
+from qleak.check import Expected, at_least, between, positive, whole
 from qleak.types import Buffers, Client, Message, Model, Params, Tree
+
+Slope = Callable[[Params, Tensor, Tensor], Tree]
 
 
 class View(NamedTuple):
@@ -27,6 +30,8 @@ class View(NamedTuple):
         message: the messages of one leg, stacked over lanes.
         leg: which leg of the channel is seen.
         labels: `[lane b]` only where the threat model grants them.
+        statistics: what the client's batch norms saw of its batch, `[lane …]`, only where the threat model shares it
+            (see `Model.statistics`).
         evidence: False in the prior-only control: the gradient term is removed.
     """
 
@@ -38,6 +43,7 @@ class View(NamedTuple):
     message: Message
     leg: int = -1
     labels: Tensor | None = None
+    statistics: Tree | None = None
     evidence: bool = True
 
     @property
@@ -60,7 +66,8 @@ class View(NamedTuple):
         code = {k: v[lanes] for k, v in self.message.code.items()}
         side = tuple({n: {k: v[lanes] for k, v in t.items()} for n, t in s.items()} for s in self.message.side)
         labels = None if self.labels is None else self.labels[lanes]
-        return self._replace(message=Message(code, side), labels=labels)
+        statistics = None if self.statistics is None else {k: v[lanes] for k, v in self.statistics.items()}
+        return self._replace(message=Message(code, side), labels=labels, statistics=statistics)
 
 
 def loss(model: Model, params: Params, buffers: Buffers, x: Tensor, target: Tensor) -> Tensor:
@@ -79,6 +86,11 @@ def linear_loss(model: Model, params: Params, buffers: Buffers, x: Tensor, error
 LOSSES = {"labels": loss, "errors": linear_loss}
 
 
+def slope(model: Model, buffers: Buffers, given: str = "labels") -> Slope:
+    """`(params, x, target) -> ∇_θ` of a loss of `LOSSES`."""
+    return lambda params, x, target: grad(lambda p: LOSSES[given](model, p, buffers, x, target))(params)
+
+
 def one_hot(y: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Labels `[…]` as probabilities `[… class]`."""
     return (y[..., None] == torch.arange(classes, device=y.device)).to(
@@ -91,12 +103,7 @@ def gradient(batch: int = 1) -> Client:
     """G = ∇_θ mean cross-entropy over one batch: federated SGD (McMahan et al. 2017), the 2019 threat model."""
     whole(batch=batch)
     at_least(1, batch=batch)
-
-    def update(model: Model, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tree:
-        _fits(model, x, y)
-        return grad(lambda p: loss(model, p, buffers, x, one_hot(y, model.classes, x.dtype)))(params)
-
-    return Client(update, 0, batch)
+    return _client(lambda slope, params, x, target: slope(params, x, target), 0, batch, part=batch)
 
 
 @factory
@@ -105,18 +112,81 @@ def per_example(batch: int = 1) -> Client:
     whole(batch=batch)
     at_least(0, batch=batch)
 
-    def update(model: Model, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tree:
-        _fits(model, x, y)
+    def respond(slope: Slope, params: Params, x: Tensor, target: Tensor) -> Tree:
         if not len(x):  # a Poisson batch can be empty; vmap cannot
             return {k: v.new_zeros(0, *v.shape) for k, v in params.items()}
+        return vmap(lambda x, t: slope(params, x[None], t[None]), randomness="error")(x, target)
 
-        def one(x: Tensor, y: Tensor) -> Tree:
-            target = one_hot(y[None], model.classes, x.dtype)
-            return grad(lambda p: loss(model, p, buffers, x[None], target))(params)
+    return _client(respond, 1, batch)
 
-        return vmap(one, randomness="error")(x, y)
 
-    return Client(update, 1, batch)
+@factory
+def local_sgd(steps: int = 5, epochs: int = 0, batch: int = 10, lr: float = 0.1, momentum: float = 0.0) -> Client:
+    """θ₀ − θ_K after K steps v ← μv + ∇, θ ← θ − lr·v on own minibatches: FedAvg (McMahan et al. 2017, Algorithm 1).
+
+    Minibatches are taken from the images in the order given, so the update is a function of its
+    arguments. Divided by `scale` = lr·Σ_k Σ_(j≤k) μ^(k−j), lr·K without momentum, it is a gradient
+    averaged along the path; at K = 1 it is lr·∇ exactly.
+
+    Args:
+        steps: K, and the number of minibatches of images the client takes at a time.
+        epochs: passes over those images instead of K steps (0: K steps, beginning again when images run out).
+        batch: images of one minibatch.
+        lr: the client's own learning rate.
+        momentum: μ of the client's own optimizer, forgotten between updates.
+    """
+    whole(steps=steps, epochs=epochs, batch=batch)
+    at_least(1, steps=steps, batch=batch)
+    at_least(0, epochs=epochs)
+    positive(lr=lr)
+    between(0, 1, momentum=momentum)
+
+    def respond(slope: Slope, params: Params, x: Tensor, target: Tensor) -> Tree:
+        parts = list(zip(x.split(batch), target.split(batch), strict=True))
+        here, speed = params, None
+        for step in range(epochs * len(parts) if epochs else steps):
+            pull = slope(here, *parts[step % len(parts)])
+            speed = {k: v + momentum * speed[k] for k, v in pull.items()} if speed and momentum else pull
+            here = {k: v - lr * speed[k] for k, v in here.items()}
+        return {k: v - here[k] for k, v in params.items()}
+
+    taken = epochs * steps if epochs else steps
+    scale = lr * sum(momentum ** (k - j) for k in range(taken) for j in range(k + 1)) if momentum else lr * taken
+    return _client(respond, 0, steps * batch, taken, batch, scale)
+
+
+@factory
+def crowd(client: Client | None = None, clients: int = 4) -> Client:
+    """Updates of several clients with the same work, stacked `[client …]`: rows for a channel that joins them.
+
+    Behind `chain(total(), mean…)` the attacker sees the aggregate only: secure aggregation
+    (Bonawitz et al. 2017). The images are dealt out in order, `client.batch` to each.
+
+    Args:
+        client: what each of them computes; `gradient()` by default.
+        clients: how many there are.
+    """
+    client = client or gradient()
+    whole(clients=clients)
+    at_least(1, clients=clients)
+    if client.rows:
+        raise Expected(f"Expected client={client.spec} with one update, got rows of its own.")
+
+    def respond(slope: Slope, params: Params, x: Tensor, target: Tensor) -> Tree:
+        x, target = (v.unflatten(0, (clients, -1)) for v in (x, target))
+        return vmap(lambda x, t: client.respond(slope, params, x, t), randomness="error")(x, target)
+
+    return _client(respond, 1, clients * client.batch, client.steps, client.part, client.scale)
+
+
+def _client(
+    respond: Callable[..., Tree], rows: int, batch: int, steps: int = 1, part: int = 1, scale: float = 1.0
+) -> Client:
+    def update(model: Model, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tree:
+        _fits(model, x, y)
+        return respond(slope(model, buffers), params, x, one_hot(y, model.classes, x.dtype))
+
+    return Client(update, respond, rows, batch, steps, part, scale)
 
 
 def _fits(model: Model, x: Tensor, y: Tensor) -> None:
@@ -130,35 +200,3 @@ def _fits(model: Model, x: Tensor, y: Tensor) -> None:
         return
     if not 0 <= low <= high < model.classes:
         raise Expected(f"Expected labels in 0 … {model.classes - 1}, got {low} … {high}.")
-
-
-@factory
-def local_sgd(steps: int = 5, epochs: int = 0, batch: int = 10, lr: float = 0.1) -> Client:
-    """θ₀ − θ_K after K steps θ ← θ − lr·∇ on the client's own minibatches: FedAvg (McMahan et al. 2017, Algorithm 1).
-
-    Minibatches are taken from the images in the order given, so the update is a function of its
-    arguments. Divided by lr·K it is a gradient averaged along the path; at K = 1 it is lr·∇ exactly.
-
-    Args:
-        steps: K, and the number of minibatches of images the client takes at a time.
-        epochs: passes over those images instead of K steps (0: K steps, beginning again when images run out).
-        batch: images of one minibatch.
-        lr: the client's own learning rate.
-    """
-    whole(steps=steps, epochs=epochs, batch=batch)
-    at_least(1, steps=steps, batch=batch)
-    at_least(0, epochs=epochs)
-    positive(lr=lr)
-
-    def update(model: Model, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tree:
-        _fits(model, x, y)
-        parts = list(zip(x.split(batch), y.split(batch), strict=True))
-        here = params
-        for step in range(epochs * len(parts) if epochs else steps):
-            some, labels = parts[step % len(parts)]
-            target = one_hot(labels, model.classes, some.dtype)
-            slope = grad(lambda p, some=some, target=target: loss(model, p, buffers, some, target))(here)
-            here = {k: v - lr * slope[k] for k, v in here.items()}
-        return {k: v - here[k] for k, v in params.items()}
-
-    return Client(update, 0, steps * batch)

@@ -49,6 +49,9 @@ class Model:
         classes: number of classes.
         layers: the same net as a list of layers, for attacks that solve it; None when unknown.
         spec: the call that makes it again, e.g. ``lenet(classes=10)``.
+        statistics: `statistics(params, buffers, x: [b c h w]) -> tree` of what every batch norm sees of a batch:
+            `{layer}.mean` and `{layer}.var` (biased), `[channel]` each, in forward order; None without batch norm.
+            `buffers` hold the running ones as `{layer}.running_mean` and `{layer}.running_var`, where it keeps any.
     """
 
     init: Callable[[Generator], tuple[Params, Buffers]]
@@ -57,6 +60,7 @@ class Model:
     classes: int
     layers: tuple[Layer, ...] | None = None
     spec: str = ""
+    statistics: Callable[[Params, Buffers, Tensor], Tree] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,13 +84,23 @@ class Client:
 
     Attributes:
         update: `update(model, params, buffers, x [b c h w], y [b]) -> tree`, with `rows` leading axes.
-        rows: number of leading row axes of the update (0: one gradient; 1: one per example).
+        respond: `respond(slope, params, x [b c h w], target [b class]) -> tree`: the same as a pure function of
+            images and label probabilities that an attacker can differentiate; `slope(params, x, target) -> grads`
+            is the gradient of the mean loss over the images it gets.
+        rows: number of leading row axes of the update (0: one gradient; 1: one per example or client).
         batch: number of images in one update.
+        steps: gradient steps behind one row.
+        part: images of one gradient step.
+        scale: update/`scale` is a mean gradient: exact for one step, averaged along the path for several.
     """
 
     update: Callable[[Model, Params, Buffers, Tensor, Tensor], Tree]
+    respond: Callable[[Callable[[Params, Tensor, Tensor], Tree], Params, Tensor, Tensor], Tree]
     rows: int
     batch: int
+    steps: int = 1
+    part: int = 1
+    scale: float = 1.0
     spec: str = ""
 
 

@@ -33,7 +33,9 @@ FORWARD_FROM = 128
 
 def pick(model: Model, client: Client, lanes: int) -> tuple[str, str]:
     """The route for so many lanes, and the reason, for the terminal."""
-    if client.rows == 0 and structured.supports(model.layers):
+    if client.rows or client.steps > 1:
+        return "double", "the update is not one gradient"
+    if structured.supports(model.layers):
         return "structured", "the model declares its layers"
     if lanes >= FORWARD_FROM:
         return "forward", f"{lanes} lanes >= {FORWARD_FROM}"
@@ -46,7 +48,8 @@ def closure(view: View, objective: Objective, route: str = "auto", given: str = 
     `given` says what t is: "labels" (probabilities of the classes) or "errors" (of the logits).
     """
     one_of(ROUTES, route=route)
-    name = route if route != "auto" else pick(view.model, view.client, view.lanes)[0]
+    known = pick(view.model, view.client, view.lanes)[0]
+    name = known if route == "auto" or view.client.rows or view.client.steps > 1 else route
     if name == "structured":
         return _structured(view, objective, given)
     one = _double(view, objective, given) if name == "double" else _forward(view, objective, given)
@@ -56,11 +59,7 @@ def closure(view: View, objective: Objective, route: str = "auto", given: str = 
 
 def update_of(view: View, x: Tensor, target: Tensor, given: str = "labels") -> Tree:
     """What the client would compute from images `[b c h w]` with label probabilities (or errors) `[b class]`."""
-
-    def inner(x: Tensor, target: Tensor) -> Tree:
-        return grad(lambda p: clients.LOSSES[given](view.model, p, view.buffers, x, target))(view.params)
-
-    return inner(x, target) if view.client.rows == 0 else vmap(inner)(x[:, None], target[:, None])
+    return view.client.respond(clients.slope(view.model, view.buffers, given), view.params, x, target)
 
 
 def _double(view: View, objective: Objective, given: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:

@@ -58,7 +58,7 @@ def prepare(plan: Audit) -> Prepared:
         finite(gradient=update)
     messages, bits, coded, eps = [], [], [], []
     for channel in plan.channels:
-        knobs, rows = channel.knobs(), (plan.client.batch,) * plan.client.rows
+        knobs, rows = channel.knobs(), tuple(next(iter(updates[0].values())).shape[: plan.client.rows])
         sent = []
         for i, update in zip(plan.victims, updates, strict=True):
             noise = channel.draw(random.generator(plan.seed, "channel", channel.spec, i), params, rows)
