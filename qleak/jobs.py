@@ -20,7 +20,10 @@ from qleak.types import Buffers, Guess, Message, Params, Tree
 
 
 class Job(NamedTuple):
-    """A chunk and its inputs; `plan` is JSON so that a job crosses process borders."""
+    """A chunk and its inputs; `plan` is JSON so that a job crosses process borders.
+
+    `labels [lane b]` and `statistics [lane …]` are there only where the plan's `grants` say so.
+    """
 
     plan: dict[str, Any]
     chunk: Chunk
@@ -28,6 +31,8 @@ class Job(NamedTuple):
     buffers: Buffers
     message: Message
     device: str
+    labels: Tensor | None = None
+    statistics: Tree | None = None
 
     @property
     def key(self) -> str:
@@ -63,6 +68,8 @@ def view_of(job: Job, plan: Audit | None = None) -> View:
     channel = plan.channels[job.chunk.channel]
     return View(
         plan.model, move(job.params), move(job.buffers), channel, plan.client, Message(code, side),
+        labels=None if job.labels is None else job.labels.to(place),
+        statistics=None if job.statistics is None else move(job.statistics),
         evidence=job.chunk.evidence,
     )  # fmt: skip
 

@@ -148,9 +148,9 @@ def test_a_job_and_a_view_hold_no_secret(name, data):
         assert not holds((job, view), prepared.secret)
         assert not holds(jobs.starts(plan, chunk, view), prepared.secret)
         assert set(view._fields) == {
-            "model", "params", "buffers", "channel", "client", "message", "leg", "labels", "evidence"
+            "model", "params", "buffers", "channel", "client", "message", "leg", "labels", "statistics", "evidence"
         }  # fmt: skip
-        assert view.labels is None
+        assert view.labels is None and view.statistics is None
 
 
 def test_the_walk_finds_a_secret_wherever_it_hides(data):

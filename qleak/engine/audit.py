@@ -34,6 +34,7 @@ class Prepared(NamedTuple):
     params: Params
     buffers: Buffers
     messages: list[list[Message]]
+    statistics: list[Tree]
     bits: list[float]
     coded: list[float]
     epsilon: list[float | None]
@@ -67,7 +68,10 @@ def prepare(plan: Audit) -> Prepared:
         bits.append(channel.bits(sent[0], params) / tree.count(params))
         coded.append(sum(channel.bits(m, params, coded=True) for m in sent) / len(sent) / tree.count(params))
         eps.append(epsilon(channel.facts(params).event, plan.delta))
-    return Prepared(Secret(x, y), params, buffers, messages, bits, coded, eps)
+    shared = []
+    if "statistics" in plan.grants and plan.model.statistics is not None:
+        shared = [plan.model.statistics(params, buffers, a.to(dtype)) for a in x]
+    return Prepared(Secret(x, y), params, buffers, messages, shared, bits, coded, eps)
 
 
 def _victims(plan: Audit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,11 +89,20 @@ def _victims(plan: Audit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def job_of(plan: Audit, prepared: Prepared, chunk: Chunk, device: str = "cpu") -> Job:
-    """The job of one chunk: each lane gets its victim's message, or its neighbour's in the wrong-gradient control."""
+    """The job of one chunk: each lane gets its victim's message and grants, or its neighbour's in the wrong-gradient control."""
     messages = prepared.messages[chunk.channel]
     shift = [(lane.victim + (lane.control == "wrong-gradient")) % len(messages) for lane in chunk.lanes]
     message = tree.nested_map(lambda *parts: torch.stack(parts), *[messages[i] for i in shift])
-    return Job(plan.as_json(), chunk, prepared.params, prepared.buffers, message, device)
+    labels = prepared.secret.y[shift] if "labels" in plan.grants else None
+    shared = tree.stack([prepared.statistics[i] for i in shift]) if "statistics" in plan.grants else None
+    buffers = prepared.buffers if "buffers" in plan.grants else fresh(prepared.buffers)
+    return Job(plan.as_json(), chunk, prepared.params, buffers, message, device, labels, shared)
+
+
+def fresh(buffers: Buffers) -> Buffers:
+    """Running statistics as an untrained net has them: means 0, variances 1."""
+    blank = {"running_mean": 0.0, "running_var": 1.0}
+    return {k: torch.full_like(v, blank[end]) if (end := k.split(".")[-1]) in blank else v for k, v in buffers.items()}
 
 
 def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:

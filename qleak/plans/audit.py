@@ -9,12 +9,13 @@ from typing import ClassVar, NamedTuple
 
 from qleak.catalog import short
 from qleak.channels import Channel
-from qleak.check import Expected, at_least, between, positive, whole
+from qleak.check import Expected, at_least, between, one_of, positive, whole
 from qleak.client import gradient
-from qleak.plans.base import Written, label, ranges
+from qleak.plans.base import Written, label, later, ranges
 from qleak.types import Attack, Client, Model
 
 CONTROLS = ("none", "prior-only", "wrong-gradient")
+GRANTS = ("buffers", "labels", "statistics")
 
 
 class Lane(NamedTuple):
@@ -47,6 +48,8 @@ class Audit(Written):
         client: what the client computes.
         restarts: dummy starts per victim: one number, or one per victim.
         controls: control lanes per victim and arm (prior-only and wrong-gradient).
+        grants: what the threat model shares beside the message: "buffers" of the model (running statistics), true
+            "labels", batch "statistics" that the client's batch norms saw.
         wrong: victims that get a wrong-gradient lane in an arm, another one from channel to channel; 0: all.
         seed: root of every draw.
         success: PSNR in dB from which a reconstruction counts, if it beats both controls as well.
@@ -70,6 +73,7 @@ class Audit(Written):
     dtype: str = "float32"
     delta: float = 1e-5
     wrong: int = 0
+    grants: tuple[str, ...] = later(("buffers",))
 
     kind: ClassVar[str] = "audit"
 
@@ -89,6 +93,19 @@ class Audit(Written):
         near = sorted(self.victims)
         if any(b - a < self.client.batch for a, b in pairwise(near)):
             raise Expected(f"Expected victims={self.victims} at least {self.client.batch} apart, the batch size.")
+        for grant in self.grants:
+            one_of(GRANTS, grants=grant)
+        if "statistics" in self.grants and (self.model.statistics is None or self.client.rows or self.client.steps > 1):
+            raise Expected(
+                'Expected grants="statistics" of a model with batch norm and one gradient step: '
+                f"{short(self.model.spec)}, {short(self.client.spec)}."
+            )
+        for channel in self.channels:
+            if channel.joins != self.client.rows:
+                raise Expected(
+                    f"Expected channels that join {self.client.rows} row axes (total() each), as "
+                    f"{short(self.client.spec)} sends them, got {label(channel.spec)}."
+                )
         if self.dtype not in ("float32", "float64"):
             raise Expected(f"Expected dtype={self.dtype!r} to be one of: float32, float64.")
 
@@ -109,6 +126,7 @@ class Audit(Written):
             "data": f"{self.data} · images {ranges(self.victims)} · client {short(self.client.spec)}",
             "channels": " · ".join(self.labels()),
             "attacks": " · ".join(short(a.spec) for a in self.attacks),
+            "threat": "the attacker has the message, the weights" + "".join(f", {g}" for g in sorted(self.grants)),
             "lanes": f"{lanes} in chunks of {self.chunk} (restarts {restarts}, controls included)",
             "seeds": f"seed {self.seed} · weights {self.model_seed}",
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
-from dataclasses import fields
+from dataclasses import Field, field, fields
 from typing import Any, ClassVar
 
 from qleak.catalog import build, short
@@ -22,7 +22,7 @@ class Written:
 
     def as_json(self) -> dict[str, Any]:
         """The plan as plain values; `from_json` is its inverse."""
-        values = {f.name: plain(getattr(self, f.name)) for f in fields(self)}  # pyright: ignore[reportArgumentType]
+        values = {f.name: plain(getattr(self, f.name)) for f in fields(self) if not _silent(self, f)}  # pyright: ignore[reportArgumentType]
         return {"kind": self.kind, "schema": SCHEMA} | values
 
     def header(self, recipe: str = "", flags: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -34,6 +34,15 @@ class Written:
         """Ten hex digits of the plan's content."""
         text = json.dumps(self.as_json(), sort_keys=True, ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=5).hexdigest()
+
+
+def later(default: Any) -> Any:
+    """A field that plans did not always have: written down only where it differs, so that older plans keep their id."""
+    return field(default=default, metadata={"later": True})
+
+
+def _silent(plan: Any, f: Field[Any]) -> bool:
+    return "later" in f.metadata and getattr(plan, f.name) == f.default
 
 
 def read(cls: type, text: dict[str, Any]) -> Any:
@@ -48,7 +57,7 @@ def read(cls: type, text: dict[str, Any]) -> Any:
             f"Expected {article} {cls.kind} plan of schema {SCHEMA}, got {text.get('kind')!r} of {text.get('schema')!r}."
         )
     values: dict[str, Any] = {}
-    for name in (f.name for f in fields(cls)):
+    for name in (f.name for f in fields(cls) if f.name in text or "later" not in f.metadata):
         value = text[name]
         if name in ROOM_OF:
             room = ROOM_OF[name]
