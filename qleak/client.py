@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.func import grad, vmap
 
+from qleak import tree
 from qleak.catalog import factory
 from qleak.channels import Channel
 from qleak.check import Expected, at_least, between, positive, whole
@@ -117,7 +118,7 @@ def per_example(batch: int = 1) -> Client:
             return {k: v.new_zeros(0, *v.shape) for k, v in params.items()}
         return vmap(lambda x, t: slope(params, x[None], t[None]), randomness="error")(x, target)
 
-    return _client(respond, 1, batch)
+    return _client(respond, 1, batch, batch)
 
 
 @factory
@@ -152,7 +153,7 @@ def local_sgd(steps: int = 5, epochs: int = 0, batch: int = 10, lr: float = 0.1,
 
     taken = epochs * steps if epochs else steps
     scale = lr * sum(momentum ** (k - j) for k in range(taken) for j in range(k + 1)) if momentum else lr * taken
-    return _client(respond, 0, steps * batch, taken, batch, scale)
+    return _client(respond, 0, steps * batch, 1, taken, batch, scale)
 
 
 @factory
@@ -176,17 +177,29 @@ def crowd(client: Client | None = None, clients: int = 4) -> Client:
         x, target = (v.unflatten(0, (clients, -1)) for v in (x, target))
         return vmap(lambda x, t: client.respond(slope, params, x, t), randomness="error")(x, target)
 
-    return _client(respond, 1, clients * client.batch, client.steps, client.part, client.scale)
+    return _client(respond, 1, clients * client.batch, clients, client.steps, client.part, client.scale)
+
+
+def as_one_gradient(client: Client) -> Client:
+    """The client as an attacker sees it who takes its update for `scale` times one mean gradient of all images."""
+    scale = client.scale
+    return _client(lambda f, p, x, t: tree.scale(f(p, x, t), scale), 0, client.batch, 1, 1, client.batch, scale)
 
 
 def _client(
-    respond: Callable[..., Tree], rows: int, batch: int, steps: int = 1, part: int = 1, scale: float = 1.0
+    respond: Callable[..., Tree],
+    rows: int,
+    batch: int,
+    count: int = 1,
+    steps: int = 1,
+    part: int = 1,
+    scale: float = 1.0,
 ) -> Client:
     def update(model: Model, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tree:
         _fits(model, x, y)
         return respond(slope(model, buffers), params, x, one_hot(y, model.classes, x.dtype))
 
-    return Client(update, respond, rows, batch, steps, part, scale)
+    return Client(update, respond, rows, batch, count, steps, part, scale)
 
 
 def _fits(model: Model, x: Tensor, y: Tensor) -> None:

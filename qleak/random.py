@@ -9,6 +9,7 @@ afterwards, so that every device and every dtype sees the same numbers.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,6 +53,27 @@ def permutation(gen: Generator, count: int) -> Tensor:
 def integers(gen: Generator, high: int, shape: Sequence[int]) -> Tensor:
     """Uniform integers in [0, high)."""
     return torch.randint(high, tuple(shape), generator=gen)  # noqa: TID251
+
+
+def counted(keys: Tensor, step: Tensor, count: int) -> Tensor:
+    """Standard normal draws `[lane count]` as a pure function of `keys [lane]` and `step [lane]` (int64).
+
+    A counter-based generator, for noise inside a long loop that cannot be drawn in advance: SplitMix64
+    (Steele, Lea, Flood 2014) over (key, step, coordinate), two uniforms to a normal by Box–Muller.
+    """
+    at = torch.arange(2 * count, device=keys.device)
+    mixed = _mix(_mix(keys[:, None] + step[:, None] * 0x632BE59BD9B4E019) + at)
+    unit = ((mixed >> 11) & 0x1FFFFFFFFFFFFF).to(torch.float64) * 2**-53
+    radius = (-2 * torch.log1p(-unit[:, :count])).sqrt()
+    return (radius * torch.cos(2 * math.pi * unit[:, count:])).float()
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 words (arithmetic wraps; shifts are made logical by masks)."""
+    z = z * -7046029254386353131 + -7046029254386353131
+    z = (z ^ ((z >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
+    z = (z ^ ((z >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
+    return z ^ ((z >> 31) & 0x1FFFFFFFF)
 
 
 DRAWS: dict[str, Draw] = {"normal": normal, "uniform": uniform, "laplace": laplace}

@@ -88,6 +88,7 @@ class Client:
             images and label probabilities that an attacker can differentiate; `slope(params, x, target) -> grads`
             is the gradient of the mean loss over the images it gets.
         rows: number of leading row axes of the update (0: one gradient; 1: one per example or client).
+        count: length of that axis.
         batch: number of images in one update.
         steps: gradient steps behind one row.
         part: images of one gradient step.
@@ -98,6 +99,7 @@ class Client:
     respond: Callable[[Callable[[Params, Tensor, Tensor], Tree], Params, Tensor, Tensor], Tree]
     rows: int
     batch: int
+    count: int = 1
     steps: int = 1
     part: int = 1
     scale: float = 1.0

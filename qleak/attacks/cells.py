@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from qleak.attacks.adam import adam, sign_adam
 from qleak.attacks.lbfgs import lbfgs
-from qleak.attacks.match import STARTS, Settings, matching
+from qleak.attacks.match import matching
 from qleak.attacks.objectives import OBJECTIVES
+from qleak.attacks.settings import STARTS, Settings
 from qleak.catalog import factory
 from qleak.check import at_least, between, one_of, positive, whole
 from qleak.types import Attack

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from qleak.attacks.lbfgs import lbfgs
-from qleak.attacks.match import Settings, matching
+from qleak.attacks.match import matching
+from qleak.attacks.settings import Settings
 from qleak.catalog import factory
 from qleak.check import at_least, whole
 from qleak.types import Attack

@@ -8,7 +8,6 @@ up, and hands in the stage that a rule without a look at the truth picks (`stage
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -16,17 +15,12 @@ from torch import Generator, Tensor
 from torch.func import vmap
 
 from qleak import random
-from qleak.attacks import labels, objectives, priors, routes, stages
+from qleak.attacks import labels, objectives, penalties, priors, routes, stages
 from qleak.attacks.closed_form import refuse, solve_lanes
+from qleak.attacks.group import grouped
+from qleak.attacks.settings import STARTS, Settings
 from qleak.client import View, one_hot
-from qleak.types import Attack, Guess, Info, Optimizer, Status, Tree
-
-STARTS: dict[str, random.Draw] = {
-    "normal": random.normal,
-    "uniform": random.uniform,
-    "dark": lambda gen, shape: 0.1 * random.uniform(gen, shape),
-    "solved": lambda gen, shape: 0.1 * random.uniform(gen, shape),  # where there is nothing to solve
-}
+from qleak.types import Attack, Guess, Info, Status, Tree
 
 
 class MatchState(NamedTuple):
@@ -56,57 +50,17 @@ class MatchState(NamedTuple):
     mark_loss: Tensor
     mark_since: Tensor
     status: Tensor
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What distinguishes one matching attack from another.
-
-    Attributes:
-        objective: see `qleak.attacks.objectives`.
-        labels: "joint" optimises soft labels with the image, "inferred" reads them off first, "errors"
-            optimises the output error from its decoded value (see `cells`), "auto" does so where a code
-            has more than two bits and infers labels elsewhere.
-        slack: unit in which output errors move, in parts of their decoded norm.
-        weights: prior weight of each stage; one stage of weight 0 means no prior.
-        fade: factor between stages, for a last stage on a channel that is not exact.
-        steps: closures of each stage.
-        relative: divide the evidence by that of an update of zero, so that weights mean the same on every net.
-        box: weight of the penalty on pixels outside [0, 1], times the prior weight or 1.
-        patience: closures without 1 % improvement after which a lane counts as converged; 0 never.
-        tolerance: a lane whose loss changes by less than this for 20 closures on end has converged; 0 never.
-        gain: a stage that lowers the evidence by less than this share is the last one; see `stages.pick`.
-        path: go on to the weakest prior in any case, so that the choice can be compared with the others.
-    """
-
-    objective: str
-    optimizer: Optimizer
-    labels: str = "inferred"
-    slack: float = 1.0
-    weights: tuple[float, ...] = (0.0,)
-    fade: float = 0.1
-    steps: tuple[int, ...] = (6000,)
-    relative: bool = False
-    box: float = 0.0
-    start: str = "normal"
-    patience: int = 0
-    tolerance: float = 0.0
-    gain: float = 0.0
-    path: bool = False
-    route: str = "auto"
+    key: Tensor
 
 
 def matching(settings: Settings, papers: Sequence[str]) -> Attack:
     """The attack that `settings` describe."""
-    has_prior = any(settings.weights)
 
     def applies(view: View) -> str:
         why = refuse(view.model.layers) if settings.start == "solved" else ""
         if why:
             return why
-        if settings.labels != "joint" and view.labels is None and view.client.batch > 1:
-            return "needs labels that are given, or the gradient of one image to infer them from."
-        if settings.labels == "joint" or labels.infer(view) is not None:
+        if settings.labels == "joint" or labels.infer(view, settings.rule) is not None:
             return ""
         return "needs a last linear layer with a gradient to infer the label from, or labels that are given."
 
@@ -114,26 +68,29 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         start = {"x": STARTS[settings.start](gen, (view.client.batch, *view.model.shape))}
         if settings.labels == "joint":
             start["logits"] = random.normal(gen, (view.client.batch, view.model.classes))
+        if settings.langevin:
+            start["key"] = random.integers(gen, 2**24, (1,)).float()  # a float32 holds it exactly
         return start
 
     def init(view: View, start: Tree) -> MatchState:
         if settings.start == "solved" and view.evidence:
             start = {**start, "x": solve_lanes(view)[0].clamp(0, 1).to(start["x"])}
-        x = torch.cat([start[k].flatten(1) for k in start], 1)
+        x = torch.cat([start[k].flatten(1) for k in ("x", "logits") if k in start], 1)
         decoded = view.decoded()
         if given(view) == "errors":
             bias = labels.last_bias(decoded, view.model.classes)
             assert bias is not None
+            bias = bias / view.client.scale
             unit = settings.slack * bias.norm(dim=-1, keepdim=True).clamp(min=1e-30)
             x = torch.cat([x, bias / unit], 1)
         else:
             unit = x.new_ones(len(x), 1)
-        inferred = None if settings.labels == "joint" else labels.infer(view)
+        inferred = None if settings.labels == "joint" else labels.infer(view, settings.rule)
         lane = x.new_zeros(len(x))
         count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         known = inferred if inferred is not None else count[:, None].expand(-1, view.client.batch).clone()
         inf = lane + torch.inf
-        status = count if view.evidence or has_prior else count + Status.FINISHED
+        status = count if view.evidence or settings.has_prior else count + Status.FINISHED
         goal = objectives.goal(view, settings.objective)
         size = objectives.size(view, settings.objective, goal) if settings.relative else lane + 1
         points = len(settings.steps)
@@ -143,11 +100,12 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
             trail=x[:, None].expand(-1, points, -1).clone() if points > 1 else x[:, None],
             trace=inf[:, None].expand(-1, points).clone(), trail_loss=inf[:, None].expand(-1, points).clone(),
             last_loss=inf, still=count.clone(), mark_loss=inf, mark_since=count.clone(), status=status,
+            key=start["key"][:, 0].to(torch.int64) if "key" in start else count.clone(),
         )  # fmt: skip
 
     def given(view: View) -> str:
         wanted = settings.labels == "errors" or (settings.labels == "auto" and labels.readable(view))
-        known = wanted and view.client.batch == 1 and not view.client.rows
+        known = wanted and view.client.batch == 1 and not view.client.rows and view.client.steps == 1
         return "errors" if known and labels.last_bias(view.params, view.model.classes) is not None else "labels"
 
     def split(view: View, state: MatchState) -> tuple[Tensor, Tensor]:
@@ -170,8 +128,8 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         evidence, dx, dt = _evidence(view, settings, state, images, target, given(view))
         gradient = [dx.flatten(1)]
         loss = evidence
-        if has_prior:
-            value, slope = _prior(images, weight, settings.box)
+        if settings.has_prior:
+            value, slope = _prior(view, settings, images, target, weight)
             loss = loss + value
             gradient = [gradient[0] + slope.flatten(1)]
         if settings.labels == "joint":  # from probabilities to logits: the softmax's own derivative
@@ -187,14 +145,19 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
             best_loss=torch.where(better, loss, state.best_loss),
             best_evidence=torch.where(better, evidence, state.best_evidence),
         )
+        if settings.langevin:
+            flat = flat + settings.langevin * random.counted(state.key, state.since, flat.shape[1]).to(flat)
         x, inner_state = settings.optimizer.update(state.optimizer, state.x, loss, flat)
+        if settings.clamp:
+            pixels = images[0].numel()
+            x = torch.cat([x[:, :pixels].clamp(0, 1), x[:, pixels:]], 1)
         state = state._replace(x=x, optimizer=inner_state, since=state.since + 1, mark_since=state.mark_since + 1)
         # A line search recovers from a broken trial by itself; an accepted one is lost.
         lost = broken & ~x.isfinite().all(-1)
         state = state._replace(status=torch.where(lost, Status.DIVERGED, state.status))
         still = torch.where((loss - state.last_loss).abs() < settings.tolerance, state.still + 1, 0)
         state = state._replace(last_loss=loss, still=still)
-        state = _advance(settings, view, state)
+        state = stages.advance(settings, state, settings.path or objectives.is_noisy(view, settings.objective))
         return state, Info(state.best_loss, state.status)
 
     def excess(view: View, state: MatchState) -> Tensor:
@@ -208,7 +171,7 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         return pixels / (count - pixels).clamp(min=1)
 
     def read(view: View, state: MatchState) -> Guess:
-        state = _recorded(state, torch.ones_like(state.status, dtype=torch.bool))
+        state = stages.recorded(state, torch.ones_like(state.status, dtype=torch.bool))
         chosen, _ = stages.pick(state.trace, excess(view, state), settings.gain)
         at = torch.arange(len(chosen), device=chosen.device)
         images, target = split(view, state._replace(x=state.trail[at, chosen]))
@@ -221,9 +184,11 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
             path = path.unflatten(2, images.shape[1:])
         return Guess(images, guessed, state.trail_loss[at, chosen], path)
 
-    return Attack(
-        draw, init, step, read, sum(settings.steps), applies, tuple(papers), has_prior, settings.start != "solved"
-    )
+    made = Attack(
+        draw, init, step, read, sum(settings.steps), applies, tuple(papers), settings.has_prior,
+        settings.start not in ("solved", "zeros"),
+    )  # fmt: skip
+    return grouped(made, settings.group) if settings.group > 1 else made
 
 
 def _evidence(
@@ -233,53 +198,17 @@ def _evidence(
         return images.new_zeros(len(images)), torch.zeros_like(images), torch.zeros_like(target)
     closure = routes.closure(view, objectives.objective(view, settings.objective), settings.route, given)
     value, dx, dt = closure(images, target, state.goal)
-    wide = state.size.view(-1, 1, 1)
-    return value / state.size, dx / wide[..., None, None], dt / wide
+    size = state.size / settings.factor
+    wide = size.view(-1, 1, 1)
+    return value / size, dx / wide[..., None, None], dt / wide
 
 
-def _prior(images: Tensor, weight: Tensor, box: float) -> tuple[Tensor, Tensor]:
-    x = images.detach().requires_grad_()
-    value = weight * vmap(priors.total_variation)(x) + box * vmap(priors.box)(x)
+def _prior(view: View, settings: Settings, images: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    x, target = images.detach().requires_grad_(), target.detach()
+    value = x.new_zeros(len(x))
+    if any(settings.weights):
+        value = weight * vmap(priors.total_variation)(x) + settings.box * vmap(priors.box)(x)
+    for name, factor in settings.penalties:
+        value = value + factor * penalties.PENALTIES[name](view, x, target, settings.group)
     (slope,) = torch.autograd.grad(value.sum(), x)
     return value.detach(), slope
-
-
-def _advance(settings: Settings, view: View, state: MatchState) -> MatchState:
-    """Ends stages that are over, and lanes that are done."""
-    active = state.status == Status.ACTIVE
-    state = state._replace(status=torch.where(active & (state.still >= 20), Status.CONVERGED, state.status))
-    if settings.patience:
-        improved = state.best_loss < 0.99 * state.mark_loss
-        state = state._replace(
-            mark_loss=torch.where(improved, state.best_loss, state.mark_loss),
-            mark_since=torch.where(improved, 0, state.mark_since),
-        )
-        stuck = (state.status == Status.ACTIVE) & (state.mark_since >= settings.patience)
-        state = state._replace(status=torch.where(stuck, Status.CONVERGED, state.status))
-    budget = torch.tensor(settings.steps, device=state.x.device)
-    over = (state.since >= budget[state.stage]) & (state.status == Status.ACTIVE)
-    state = _recorded(state, over)
-    final = state.stage == len(settings.steps) - 1
-    whole = settings.path or objectives.is_noisy(view, settings.objective)
-    settled = stages.pick(state.trace, torch.zeros_like(state.size), settings.gain)[1]
-    done = over & (final | (settled & (not whole)))
-    following = over & ~done
-    return state._replace(
-        status=torch.where(done, Status.FINISHED, state.status),
-        stage=state.stage + following,
-        since=torch.where(following, 0, state.since),
-        x=torch.where(following[:, None], state.best_x, state.x),
-        best_loss=torch.where(following, torch.inf, state.best_loss),
-        optimizer=settings.optimizer.restart(state.optimizer, following),
-    )
-
-
-def _recorded(state: MatchState, over: Tensor) -> MatchState:
-    """The best of the present stage, written into the trail of the lanes `over`."""
-    here = over[:, None] & (torch.arange(state.trace.shape[1], device=over.device) == state.stage[:, None])
-    here = here & state.best_loss.isfinite()[:, None]
-    return state._replace(
-        trail=torch.where(here[..., None], state.best_x[:, None], state.trail),
-        trace=torch.where(here, state.best_evidence[:, None], state.trace),
-        trail_loss=torch.where(here, state.best_loss[:, None], state.trail_loss),
-    )

@@ -54,9 +54,12 @@ def objective(view: View, kind: str) -> Objective:
       elsewhere the exact likelihood. On the identity channel it is the same as "l2".
     """
     one_of(OBJECTIVES, objective=kind)
+    knobs = view.channel.knobs(device=next(iter(view.params.values())).device)
+    if view.client.rows and kind != "cells":  # face value: what the joins would make of the guessed rows
+        plain = _cosine if kind == "cosine" else _distance
+        return Objective(lambda u, goal: plain(view.channel.expect(knobs, u, view.like, view.leg), goal), False)
     if kind == "cosine":
         return Objective(_cosine, False)
-    knobs = view.channel.knobs(device=next(iter(view.params.values())).device)
     if kind == "straight_through" and _has_middle(view):
         return Objective(lambda u, goal: _straight_through(view, knobs, u, goal), False)
     if kind == "cells" and not (_is_plain(view) or _has_cell(view) or _has_moments(view)):
@@ -71,7 +74,7 @@ def goal(view: View, kind: str) -> Any:
         return view.decoded()
     if kind == "straight_through" and _has_middle(view):
         return view.decoded()
-    if kind == "weighted" and view.channel.stages:
+    if kind == "weighted" and view.channel.stages and not view.client.rows:
         return vmap(lambda m: _weighted(view, knobs, m))(view.message)
     if kind == "cells" and not _is_plain(view):
         if _has_cell(view):
@@ -110,8 +113,11 @@ def size(view: View, kind: str, goal: Any) -> Tensor:
     """The misfit of an update of zero, `[lane]`, so that evidence runs from 1 to 0 on every net and channel."""
     if kind == "cosine":
         return torch.ones(view.lanes, device=next(iter(view.params.values())).device)
-    if kind == "weighted" or (kind == "cells" and not _is_plain(view) and not _has_cell(view)):
-        zero = {k: v.new_zeros(view.lanes, *v.shape) for k, v in view.like.items()}
+    if (kind == "weighted" and not view.client.rows) or (
+        kind == "cells" and not _is_plain(view) and not _has_cell(view)
+    ):
+        rows = (view.client.count,) * view.client.rows
+        zero = {k: v.new_zeros(view.lanes, *rows, *v.shape) for k, v in view.like.items()}
         return value_and_slope(objective(view, kind), zero, goal)[0].clamp(min=1e-30)
     decoded = view.decoded()
     return vmap(tree.dot)(decoded, decoded).clamp(min=1e-30)

@@ -82,7 +82,7 @@ def _forward(view: View, objective: Objective, given: str) -> Callable[..., tupl
             )
 
         dx, dt = jvp(inputs, (view.params,), (v,))[1]
-        return value, dx, dt
+        return value, view.client.scale * dx, view.client.scale * dt
 
     return one
 
@@ -94,6 +94,8 @@ def _structured(view: View, objective: Objective, given: str) -> Closure:
     def every(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, target = x.detach().requires_grad_(), target.detach().requires_grad_()
         update = structured.lane_gradients(layers, view.params, x, target, given)
+        if view.client.scale != 1:
+            update = {k: v * view.client.scale for k, v in update.items()}
         value, slope = value_and_slope(objective, {k: v.detach() for k, v in update.items()}, goal)
         dx, dt = torch.autograd.grad(list(update.values()), [x, target], [slope[k] for k in update])
         return value, dx, dt

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from qleak.attacks.settings import Settings
 from qleak.client import View
+from qleak.types import Status
 
 
 def weights(path: Sequence[float], fade: float, view: View) -> list[float]:
@@ -37,3 +40,43 @@ def pick(evidence: Tensor, excess: Tensor, gain: float) -> tuple[Tensor, Tensor]
     noisy = excess > 0
     fits = torch.where(noisy[:, None], evidence <= bound[:, None], level) & reached
     return torch.where(fits.any(1), fits.to(torch.int64).argmax(1), last), fits.any(1) & ~noisy
+
+
+def advance(settings: Settings, state: Any, whole: bool) -> Any:
+    """Ends stages that are over, and lanes that are done; with `whole`, only at the end of the path."""
+    active = state.status == Status.ACTIVE
+    state = state._replace(status=torch.where(active & (state.still >= 20), Status.CONVERGED, state.status))
+    if settings.patience:
+        improved = state.best_loss < 0.99 * state.mark_loss
+        state = state._replace(
+            mark_loss=torch.where(improved, state.best_loss, state.mark_loss),
+            mark_since=torch.where(improved, 0, state.mark_since),
+        )
+        stuck = (state.status == Status.ACTIVE) & (state.mark_since >= settings.patience)
+        state = state._replace(status=torch.where(stuck, Status.CONVERGED, state.status))
+    budget = torch.tensor(settings.steps, device=state.x.device)
+    over = (state.since >= budget[state.stage]) & (state.status == Status.ACTIVE)
+    state = recorded(state, over)
+    final = state.stage == len(settings.steps) - 1
+    settled = pick(state.trace, torch.zeros_like(state.size), settings.gain)[1]
+    done = over & (final | (settled & (not whole)))
+    following = over & ~done
+    return state._replace(
+        status=torch.where(done, Status.FINISHED, state.status),
+        stage=state.stage + following,
+        since=torch.where(following, 0, state.since),
+        x=torch.where(following[:, None], state.best_x, state.x),
+        best_loss=torch.where(following, torch.inf, state.best_loss),
+        optimizer=settings.optimizer.restart(state.optimizer, following),
+    )
+
+
+def recorded(state: Any, over: Tensor) -> Any:
+    """The best of the present stage, written into the trail of the lanes `over`."""
+    here = over[:, None] & (torch.arange(state.trace.shape[1], device=over.device) == state.stage[:, None])
+    here = here & state.best_loss.isfinite()[:, None]
+    return state._replace(
+        trail=torch.where(here[..., None], state.best_x[:, None], state.trail),
+        trace=torch.where(here, state.best_evidence[:, None], state.trace),
+        trail_loss=torch.where(here, state.best_loss[:, None], state.trail_loss),
+    )

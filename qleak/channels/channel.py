@@ -207,16 +207,26 @@ class Channel:
         read as Gaussians: smooth, and close to the likelihood.
         """
         i = leg % len(self.legs)
-        belief = Belief(guess, {})
-        for j, before in enumerate(self.legs[: i + 1]):
-            if before.join:
-                belief = before.join.push({}, belief, None)
-            if j < i:
-                push = functools.partial(legs.push_leg, before.stages, like)
-                belief = _mapped(push, self.depth(j), (None, 0))(knobs[j], belief)
+        belief = self._pushed(knobs, guess, like, i)
+        if join := self.legs[i].join:
+            belief = join.push({}, belief, None)
         law = self.law(leg, like).law
         read = functools.partial(legs.read_leg, self.legs[i].stages, like, law, moments=moments)
         return _mapped(read, self.depth(i), (None, 0, 0))(knobs[i], message, belief).sum()
+
+    def expect(self, knobs: Knobs, guess: Tree, like: Tree, leg: int = -1) -> Tree:
+        """The mean of what the server decodes from one leg for the client's rows `guess`: linear stages applied."""
+        return self._pushed(knobs, guess, like, leg % len(self.legs) + 1).mean
+
+    def _pushed(self, knobs: Knobs, guess: Tree, like: Tree, upto: int) -> Belief:
+        """The guess behind the first `upto` legs."""
+        belief = Belief(guess, {})
+        for j, before in enumerate(self.legs[:upto]):
+            if before.join:
+                belief = before.join.push({}, belief, None)
+            push = functools.partial(legs.push_leg, before.stages, like)
+            belief = _mapped(push, self.depth(j), (None, 0))(knobs[j], belief)
+        return belief
 
 
 def stack(channels: Sequence[Channel]) -> Knobs:
