@@ -2,7 +2,8 @@
 
 A *factory* is a function that returns a frozen dataclass with a `spec` field, the call that makes
 it again. `build("channels", "uniform(levels=16)")` evaluates literals and nested factory calls
-only; nothing else in the text is ever executed.
+only; nothing else in the text is ever executed. Models may be code of one's own, ``file.py:Net``:
+that file is run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOMS = {
     "attacks": "qleak.attacks",
     "clients": "qleak.client",
 }
+NAMED = ("run", "torchvision", "imported")  # what stands behind their colon is a name: run:ID, torchvision:resnet18
 
 
 def factory(fn: F) -> F:
@@ -103,7 +105,7 @@ def build(room: str, text: str) -> Any:
         Expected: the name is unknown (with a suggestion), or the arguments do not fit.
     """
     try:
-        node = ast.parse(_normalise(text), mode="eval").body
+        node = ast.parse(_normalise(room, text), mode="eval").body
     except SyntaxError:
         raise Expected(f"Expected {room[:-1]} {text!r} to be written like name(key=value, …).") from None
     return _build(room, node, text)
@@ -118,13 +120,24 @@ def several(room: str, text: str, every: Sequence[str]) -> tuple[Any, ...]:
     return tuple(build(room, one) for one in (every if text == "all" else text.split(";")))
 
 
-def _normalise(text: str) -> str:
+def _normalise(room: str, text: str) -> str:
     name, paren, rest = text.strip().partition("(")
-    if not paren and ":" in name:  # uniform:16 is short for uniform(16)
+    if room == "models" and ":" in text and _is_code(text.strip()):  # file.py:Net is short for imported('file.py:Net')
+        name, paren, rest = "imported", "(", f"{text.strip()!r})"
+    elif not paren and ":" in name:  # uniform:16 is short for uniform(16)
         name, _, rest = name.partition(":")
-        rest = repr(rest) if name.strip() == "run" else rest  # run:ID names a folder
+        rest = repr(rest) if name.strip() in NAMED else rest
         paren, rest = "(", rest + ")"
     return name.replace("-", "_") + paren + rest
+
+
+def _is_code(text: str) -> bool:
+    """``folder/file.py:Net``, ``package.module:function``, ``module:Net``, as opposed to ``run:ID`` or ``lenet(…)``."""
+    where, _, name = text.rpartition(":")
+    first = text.partition(":")[0].replace("-", "_").strip()
+    if first in catalog("models") or not all(part.isidentifier() for part in name.split(".")):
+        return False
+    return where.endswith(".py") or all(part.isidentifier() for part in where.split("."))
 
 
 def _build(room: str, node: ast.expr, text: str) -> Any:

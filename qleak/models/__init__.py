@@ -1,10 +1,35 @@
 """Networks as pure parameter dicts."""
 
 from qleak.models.convnet import convnet
+from qleak.models.convnet64 import convnet64
+from qleak.models.imported import imported
 from qleak.models.layers import sequential
-from qleak.models.lenet import lenet, lenet_mnist
-from qleak.models.mlp import mlp
+from qleak.models.lenet import deep_lenet, lenet, lenet_mnist
+from qleak.models.lenet5 import lenet5
+from qleak.models.mlp import deep_mlp, mlp
 from qleak.models.module import from_module
+from qleak.models.resnet import resnet, resnet18
 from qleak.models.stored import stored
+from qleak.models.torchvision_nets import torchvision
+from qleak.models.vgg import vgg
+from qleak.models.vit import vit
 
-__all__ = ["convnet", "from_module", "lenet", "lenet_mnist", "mlp", "sequential", "stored"]
+__all__ = [
+    "convnet",
+    "convnet64",
+    "deep_lenet",
+    "deep_mlp",
+    "from_module",
+    "imported",
+    "lenet",
+    "lenet5",
+    "lenet_mnist",
+    "mlp",
+    "resnet",
+    "resnet18",
+    "sequential",
+    "stored",
+    "torchvision",
+    "vgg",
+    "vit",
+]

@@ -26,9 +26,10 @@ ACTIVATIONS: dict[str, Function] = {
     "leaky_relu": lambda z: torch.where(z > 0, z, 0.01 * z),
     "relu": torch.relu,
     "gelu": F.gelu,
+    "silu": F.silu,
 }
 
-# Inverses on the open range of the activation; ReLU and GELU have none.
+# Inverses on the open range of the activation; ReLU, GELU and SiLU have none.
 INVERSES: dict[str, Function] = {
     "sigmoid": torch.logit,
     "tanh": torch.atanh,

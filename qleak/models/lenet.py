@@ -61,6 +61,40 @@ def lenet(
     return sequential(layers, (channels, size, size), wide_init if init == "wide" else default_init)
 
 
+@factory
+def deep_lenet(
+    channels: int = 3,
+    size: int = 32,
+    classes: int = 100,
+    depth: int = 3,
+    width: int = 12,
+    function: str = "sigmoid",
+    init: str = "wide",
+) -> Model:
+    """`lenet` with `depth` convolutions: the first two have stride 2, all further ones stride 1; depth 3 is `lenet`.
+
+    Args:
+        channels: image channels c.
+        size: image height and width.
+        classes: number of logits.
+        depth: number of convolutions.
+        width: channels of every convolution.
+        function: activation, see `qleak.models.layers.ACTIVATIONS`.
+        init: "wide" or "default".
+    """
+    whole(channels=channels, size=size, classes=classes, depth=depth, width=width)
+    at_least(1, channels=channels, classes=classes, depth=depth, width=width)
+    at_least(4, size=size)
+    one_of(["wide", "default"], init=init)
+    layers, cin, side = [], channels, size
+    for i in range(1, depth + 1):
+        stride = 2 if i <= 2 else 1
+        layers += [conv(f"conv{i}", cin, width, 5, stride=stride, padding=2), activation(function)]
+        cin, side = width, math.ceil(side / stride)
+    layers += [flatten(), linear("fc", width * side**2, classes)]
+    return sequential(layers, (channels, size, size), wide_init if init == "wide" else default_init)
+
+
 def weights(name: str) -> Path:
     """The shipped weights `name`.safetensors, in the installed package or in a checkout."""
     installed = Path(str(resources.files(qleak))) / "assets" / f"{name}.safetensors"

@@ -35,3 +35,27 @@ def mlp(
         at_least(1, hidden=cout)
         layers += [linear(f"fc{i}", cin, cout), activation(function)]
     return sequential([*layers, linear(f"fc{len(widths)}", widths[-1], classes)], (channels, size, size))
+
+
+@factory
+def deep_mlp(
+    channels: int = 1,
+    size: int = 28,
+    classes: int = 10,
+    depth: int = 4,
+    width: int = 128,
+    function: str = "sigmoid",
+) -> Model:
+    """`mlp` with `depth` hidden layers of one width.
+
+    Args:
+        channels: image channels c.
+        size: image height and width.
+        classes: number of logits.
+        depth: number of hidden layers; 0 is softmax regression.
+        width: units of each.
+        function: activation, see `qleak.models.layers.ACTIVATIONS`.
+    """
+    whole(depth=depth, width=width)
+    at_least(0, depth=depth)
+    return mlp(channels, size, classes, (width,) * depth, function)

@@ -1,43 +1,182 @@
-"""Any `nn.Module` as a `Model`, through `torch.func.functional_call`."""
+"""Any `nn.Module` as a `Model`, through `torch.func.functional_call`; what batch norm does in it."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from qleak.check import Expected
-from qleak.types import Buffers, Model, Params
+from qleak.check import Expected, one_of
+from qleak.models.fresh import fresh as drawn
+from qleak.types import Buffers, Model, Params, Tree
+
+MODES = ("eval", "train")
 
 
-def from_module(module: nn.Module, shape: tuple[int, int, int], classes: int, spec: str = "") -> Model:
-    """A `Model` around `module` in evaluation mode, with its present weights.
+def from_module(
+    module: nn.Module,
+    shape: tuple[int, int, int],
+    classes: int,
+    spec: str = "",
+    mode: str = "eval",
+    fresh: bool = False,
+) -> Model:
+    """A `Model` around a copy of `module`; the module itself is left as it is.
 
-    `init` ignores its generator and returns copies of the module's parameters and buffers, so the
-    module itself is never changed. Batch norm in evaluation mode reads its buffers and writes none.
+    Batch norm normalises by its running statistics (`mode="eval"`, Dropout off), or by those of the batch
+    it gets (`mode="train"`): x̂ = (x − mean_bhw x)/√(var_bhw x + ε), var biased (Ioffe & Szegedy 2015).
+    In both modes the running ones are among the buffers (a threat model may share them), and no mode
+    writes any: what training would make of them has to be computed from `Model.statistics`.
 
     Args:
-        module: any module whose forward takes `[b c h w]` and returns `[b class]`.
+        module: any module whose forward takes `[b c h w]` and returns `[b class]`; it may lie on the meta
+            device if its weights are `fresh`.
         shape: `(c, h, w)` of one image.
         classes: number of logits.
         spec: the call that makes the model again, where there is one.
+        mode: "eval" or "train".
+        fresh: `init` draws new weights from its generator (see `qleak.models.fresh`); otherwise it ignores
+            the generator and returns copies of those the module has.
 
     Raises:
-        Expected: the module does not return `[b, classes]` for an input of `shape`.
+        Expected: the module does not return `[b, classes]` for an input of `shape`, draws at random (Dropout
+            in "train"), or writes a buffer of its own.
     """
-    module = module.eval()
+    one_of(MODES, mode=mode)
+    net = _still(module, mode)
+    buffers = _buffers(net)
+    lost = [k for k, v in net.named_parameters() if v.is_meta and not fresh] + [
+        k for k, v in buffers.items() if v.is_meta
+    ]
+    if lost:
+        raise Expected(f"Expected a module with values, {lost[0]} lies on the meta device.")
+    whole = {k: v.dtype for k, v in buffers.items() if not v.is_floating_point()}
 
     def init(gen: Generator) -> tuple[Params, Buffers]:
-        params = {k: v.detach().clone() for k, v in module.named_parameters()}
-        return params, {k: v.detach().clone() for k, v in module.named_buffers()}
+        params = drawn(net, gen) if fresh else {k: v.detach().clone() for k, v in net.named_parameters()}
+        return params, {k: v.clone() for k, v in buffers.items()}
 
     def apply(params: Params, buffers: Buffers, x: Tensor) -> Tensor:
-        return functional_call(module, (params, buffers), (x,))
+        held = {k: v.to(whole[k]) if k in whole else v for k, v in buffers.items()}  # indices stay whole in float64
+        try:
+            with plain_attention():
+                return functional_call(net, (params, held), (x,))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise Expected(
+                f"Expected more than one value per channel in mode='train', batch norm got {str(error).split('got ')[-1]}:"
+                " take a larger batch or image."
+            ) from None
 
-    params, buffers = init(torch.Generator())
+    _fits(net, apply, buffers, shape, classes, mode)
+    norms = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
+    return Model(init, apply, shape, classes, None, spec, _statistics(norms, apply) if norms else None)
+
+
+def _still(module: nn.Module, mode: str) -> nn.Module:
+    """A copy in `mode` whose norms keep no account of what they see, and that overwrites no activation."""
+    net = copy.deepcopy(module).train(mode == "train")
+    for name, part in net.named_modules():
+        if isinstance(part, _NormBase) and mode == "train":
+            part.track_running_stats = False  # in training: by the batch alone, running ones neither read nor written
+        if isinstance(part, _DropoutNd) and part.training and part.p > 0:
+            raise Expected(
+                f"Expected no dropout in mode='train', layer {name} has p={part.p:g}: set p=0 or mode='eval'."
+            )
+        if getattr(part, "inplace", None) is True:
+            part.inplace = False  # type: ignore[assignment]
+        for child, below in part.named_children():
+            if isinstance(below, nn.Hardsigmoid):
+                setattr(part, child, _Hardsigmoid())
+    return net
+
+
+class _Hardsigmoid(nn.Module):
+    """relu6(h + 3)/6 in parts: torch's own kernel has no second derivative."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`[…] -> […]`."""
+        return F.relu6(h + 3) / 6
+
+
+def _buffers(net: nn.Module) -> Buffers:
+    """All buffers but the counter of batches, which no forward pass reads; blank running ones of a module without values."""
+    found = {k: v.detach() for k, v in net.named_buffers() if not k.endswith("num_batches_tracked")}
+    start = {"running_mean": 0.0, "running_var": 1.0}
+    return {
+        k: torch.full(v.shape, start[end], dtype=v.dtype) if v.is_meta and (end := k.split(".")[-1]) in start else v
+        for k, v in found.items()
+    }
+
+
+def _statistics(
+    norms: Mapping[str, nn.Module], apply: Callable[..., Tensor]
+) -> Callable[[Params, Buffers, Tensor], Tree]:
+    def statistics(params: Params, buffers: Buffers, x: Tensor) -> Tree:
+        seen: Tree = {}
+
+        def note(name: str) -> Callable[[nn.Module, Any], None]:
+            def hook(part: nn.Module, args: tuple[Tensor, ...]) -> None:
+                over = [0, *range(2, args[0].ndim)]
+                seen[f"{name}.mean"], seen[f"{name}.var"] = args[0].mean(over), args[0].var(over, correction=0)
+
+            return hook
+
+        hooks = [part.register_forward_pre_hook(note(name)) for name, part in norms.items()]
+        try:
+            apply(params, buffers, x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return seen
+
+    return statistics
+
+
+def plain_attention() -> AbstractContextManager[Any]:
+    """Attention as softmax(q kᵀ/√d) v: the fused kernels have no second derivative."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch < 2.3
+        return nullcontext()
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+class _NoDraws(TorchDispatchMode):
+    """Refuses an operation that would read the global generator, before it does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise Expected(f"Expected a forward pass that draws nothing at random, it calls {func.name()}.")
+        return func(*args, **(kwargs or {}))
+
+
+def _fits(net: nn.Module, apply: Callable[..., Tensor], buffers: Buffers, shape: Any, classes: int, mode: str) -> None:
+    """One forward pass of zeros: shape of the logits, no draw, no buffer written."""
+    params = {k: v.detach() for k, v in net.named_parameters()}
     some = next(iter(params.values()), torch.zeros(()))
-    with torch.no_grad():
-        out = apply(params, buffers, some.new_zeros(1, *shape))
-    if out.shape != (1, classes):
-        raise Expected(f"Expected the module to return [b, {classes}] for {shape}, got {tuple(out.shape)}.")
-    return Model(init, apply, shape, classes, None, spec)
+    held = {k: torch.empty_like(v, device="meta") if some.is_meta else v.clone() for k, v in buffers.items()}
+    b = 2 if mode == "train" else 1
+    try:
+        with torch.no_grad(), _NoDraws():
+            before = {k: v._version for k, v in held.items()}
+            out = apply(params, held, some.new_zeros(b, *shape))
+    except (RuntimeError, TypeError, NotImplementedError, AssertionError) as error:
+        text = str(error).split("\n")[0]
+        raise Expected(f"Expected a module that takes images of shape {tuple(shape)}: {text}") from None
+    written = [k for k, v in held.items() if v._version != before[k]]
+    if written:
+        raise Expected(f"Expected a forward pass that writes no buffer, it writes {written[0]} in mode={mode!r}.")
+    found = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+    if found != (b, classes):
+        raise Expected(f"Expected the module to return [{b}, {classes}] for {b} images {tuple(shape)}, got {found}.")
