@@ -1,9 +1,26 @@
-"""Labels from the last layer's gradient."""
+"""Labels from the last layer's gradient: of one image by its sign, of a batch by one of `RULES`."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
+from qleak.attacks.label_counts import counts, estimate, present, proven
+from qleak.attacks.label_rules import (
+    analytic,
+    bias_corrected,
+    geng,
+    geng_estimate,
+    ilrg,
+    project,
+    repeat,
+    wainakh,
+    wainakh_whitebox,
+    yin,
+)
+from qleak.attacks.label_rules import idlg as idlg_batch
+from qleak.attacks.label_seen import seen, why_not
+from qleak.check import one_of
 from qleak.client import View
 from qleak.types import Tree
 
@@ -52,10 +69,63 @@ def readable(view: View) -> bool:
     return not blind(view) and view.channel.upto(view.leg).facts().width > 2
 
 
-def infer(view: View) -> Tensor | None:
-    """The label of one image from its update, `[lane 1]`; labels that are given come first. None if it cannot be read."""
+RULES = {
+    "idlg": idlg_batch,
+    "analytic": analytic,
+    "yin": yin,
+    "wainakh": wainakh,
+    "wainakh_whitebox": wainakh_whitebox,
+    "bias_corrected": bias_corrected,
+    "ilrg": ilrg,
+    "geng": geng,
+    "counts": counts,
+    "present": present,
+}
+"""Rules for the labels of a batch: `rule(view) -> [lane b]`, ascending; "auto" chooses among them."""
+NEEDS_BIAS = ("analytic", "bias_corrected", "ilrg")
+
+
+def refuse(view: View, rule: str = "auto") -> str:
+    """Why a rule cannot read this view, or "" if it can."""
+    return "" if view.labels is not None else why_not(view, bias=rule in NEEDS_BIAS)
+
+
+def infer(view: View, rule: str = "auto") -> Tensor | None:
+    """The labels of every batch, `[lane b]` ascending; labels that are given come first. None if they cannot be read.
+
+    "auto": for one image the smallest entry of ∂L/∂b, or without one the smallest row sum of ∂L/∂W; for more see
+    `choose`.
+
+    Raises:
+        Expected: `rule` is none of `RULES` and not "auto".
+    """
+    one_of(("auto", *RULES), rule=rule)
     if view.labels is not None:
         return view.labels
+    if rule != "auto":
+        return None if refuse(view, rule) else RULES[rule](view)
+    if view.client.batch > 1:
+        return None if refuse(view) else choose(view)
     decoded = view.decoded()
     found = None if blind(view) else bias_sign(decoded, view.model.classes)
     return found if found is not None else idlg(decoded, view.model.classes)
+
+
+def choose(view: View) -> Tensor:
+    """Of `counts` and `geng` whichever lies closer to whole counts; `present` where both leave out a proven class.
+
+    Lane by lane, from the message alone. `geng` looks at noise images only, which no noise of the channel can
+    disturb; `counts` learns from the message what the batch looks like. A class proven to be there that is
+    given no image says that the net knows its images too well for either: it is trained.
+    """
+    batch, there = view.client.batch, proven(view, seen(view))
+    best, least = present(view), torch.full(there.shape[:1], torch.inf, dtype=torch.float64, device=there.device)
+    whole, near, _ = estimate(view)
+    rough = geng_estimate(view)
+    for k, real in ((whole, near), (project(rough, batch), rough)):
+        off = (real - k).double().square().sum(-1)
+        off = torch.where((there & (k == 0)).any(-1), torch.inf, off)
+        better = off < least
+        best = torch.where(better[:, None], repeat(k, batch), best)
+        least = torch.where(better, off, least)
+    return best

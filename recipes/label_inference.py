@@ -1,0 +1,99 @@
+"""Labels leak first: of one image always, of a batch how often each class is in it, through 256 levels as well.
+
+No image is rebuilt: every rule of `qleak.attacks.labels` reads the last layer's gradient of an untrained net and hands
+in labels. `label_accuracy` counts single labels, `counts_exact` batches whose counts are all right. Images of a batch
+follow each other in the data set, so batches are taken from sets in mixed order; `mnist5k`, the default for one image,
+is sorted by class.
+"""
+
+import torch
+
+from qleak import data as sets
+from qleak.attacks import reveal
+from qleak.attacks.labels import RULES
+from qleak.catalog import build, several
+from qleak.check import Expected, at_least, whole
+from qleak.client import gradient
+from qleak.plans import Audit
+from qleak.types import Model
+
+CHANNELS = (
+    "chain()",
+    "chain(uniform(levels=256))",
+    "chain(uniform(levels=16))",
+    "chain(uniform(levels=4))",
+    "chain(sign())",
+    "chain(gaussian(sigma=0.01, unbounded=True))",
+)
+
+
+def label_inference(
+    data: str = "auto",
+    model: str = "auto",
+    batch: int = 1,
+    victims: int = 100,
+    channels: str = "chain(); chain(uniform(levels=256)); chain(uniform(levels=16)); chain(uniform(levels=4))",
+    rules: str = "all",
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        data: a data set; "auto" is `mnist5k` for one image and `mnist`, which is in mixed order, for batches.
+        model: a model of `qleak ls models`, or run:ID; "auto" is the first papers' LeNet in the set's shape.
+        batch: images of one update.
+        victims: so many updates, spread over the set.
+        channels: "all", or channels separated by ";".
+        rules: "all", or rules of `qleak.attacks.labels` separated by ";".
+        full: 1,000 victims.
+    """
+    whole(batch=batch, victims=victims)
+    at_least(1, batch=batch, victims=victims)
+    data = data if data != "auto" else "mnist5k" if batch == 1 else "mnist"
+    images = sets.load(data)
+    victims = 1000 if full else victims
+    places = spread(len(images.x), batch, victims)
+    if batch > 1:
+        mixed(images.y, places, batch, data)
+    return Audit(
+        model=fitting(model, tuple(images.x.shape[1:]), images.classes),
+        data=data,
+        victims=places,
+        channels=several("channels", channels, CHANNELS),
+        attacks=tuple(reveal(r.strip()) for r in (("auto", *RULES) if rules == "all" else rules.split(";"))),
+        client=gradient(batch),
+        controls=0,
+        chunk=100,
+    )
+
+
+def fitting(model: str, shape: tuple[int, ...], classes: int) -> Model:
+    """The model by name, or a LeNet for images of this shape."""
+    channels, size, _ = shape
+    return build("models", model if model != "auto" else f"lenet(channels={channels}, size={size}, classes={classes})")
+
+
+def spread(images: int, batch: int, victims: int) -> tuple[int, ...]:
+    """Where the batches begin: evenly over the set, so that a sorted one gives every class its turn.
+
+    Raises:
+        Expected: more images are asked for than there are.
+    """
+    if victims * batch > images:
+        raise Expected(f"Expected victims={victims} batches of {batch} in {images} images.")
+    return tuple(i * images // victims for i in range(victims))
+
+
+def mixed(y: torch.Tensor, places: tuple[int, ...], batch: int, data: str) -> None:
+    """Refuses a set whose batches are mostly of one class: counting one class shows nothing.
+
+    Raises:
+        Expected: more than half of the batches hold a single class.
+    """
+    alone = sum(bool((y[i : i + batch] == y[i]).all()) for i in places)
+    # Two images agree by chance now and then; half of the batches do only where the set is sorted.
+    if alone > len(places) / 2:
+        raise Expected(
+            f"Expected data={data!r} in mixed order for batches of {batch}: {alone} of {len(places)} hold one class. "
+            "Try mnist, fashion_mnist or cifar10-12k."
+        )
