@@ -7,23 +7,34 @@ forward equations A h = z − c, and the weight-gradient equations ∂K = J(δ_z
 δ_h = Aᵀ δ_z, and on to the next layer. R-GAP (Zhu & Blaschko, ICLR 2021) stacks the same two sets;
 here rows of the first are weighted by act′(z), so that they count in units of what is known (the
 activation's output), which keeps saturated units from drowning the rest.
+
+ReLU has no inverse, but needs none: where a > 0, z = a; where a = 0, act′ = 0, so that the unit's forward equation
+drops out, and δ_z = 0, so that it has no part in the weight-gradient equations either. What is left may have fewer
+equations than unknowns (`layer_systems.ranks`); then the least-squares solution of minimum norm is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
-from torch.func import vjp, vmap
+from torch.func import vjp
 
 from qleak import tree
-from qleak.attacks import labels
+from qleak.attacks import labels, layer_systems
 from qleak.catalog import factory
 from qleak.check import Expected, positive
 from qleak.client import View
 from qleak.models.layers import ACTIVATIONS, INVERSES, apply_layer
 from qleak.types import Attack, Guess, Info, Layer, Params, Status, Tree
+
+RELU_EDGE = 1e-4
+"""A unit counts as inactive below this share of its layer's largest activation: solved values are zero up to rounding."""
+
+SOLVED: dict[str, Callable[[Tensor], Tensor]] = {**INVERSES, "relu": lambda a: torch.where(_active(a), a, 0)}
+"""z from a = act(z); for ReLU zero in place of what cannot be known, where act′ is zero."""
 
 
 class SolveState(NamedTuple):
@@ -38,6 +49,10 @@ class SolveState(NamedTuple):
 @factory
 def closed_form(ridge: float = 1e-10) -> Attack:
     """The closed-form attack on one image; exact gradients of an invertible net come back to > 90 dB.
+
+    ReLU nets are solved from their active units. Refused are nets that do not declare their layers (residual
+    connections, pooling, normalisation: no chain of affine layers), and activations that are neither invertible nor
+    ReLU (GELU takes the same value twice).
 
     Args:
         ridge: Tikhonov weight of each system, in parts of its mean diagonal.
@@ -98,8 +113,8 @@ def refuse(layers: tuple[Layer, ...] | None) -> str:
     if layers[-1].kind != "linear":
         return f"needs a last linear layer, layer {len(layers)} is {layers[-1].kind}."
     for i, layer in enumerate(layers, start=1):
-        if layer.kind == "activation" and layer.options["function"] not in INVERSES:
-            known = ", ".join(sorted(INVERSES))
+        if layer.kind == "activation" and layer.options["function"] not in SOLVED:
+            known = ", ".join(sorted(SOLVED))
             return f"needs invertible activations ({known}): layer {i} is {layer.options['function']}."
     return ""
 
@@ -107,7 +122,7 @@ def refuse(layers: tuple[Layer, ...] | None) -> str:
 def solve(
     layers: tuple[Layer, ...], shape: tuple[int, int, int], params: Params, update: Tree, ridge: float = 1e-10
 ) -> tuple[Tensor, Tensor]:
-    """The image `[1 c h w]` in float64 whose gradient is `update`, and the relative residual of the last system.
+    """The image `[1 c h w]` in float64 whose gradient is `update`, and the largest relative residual of a layer.
 
     Raises:
         Expected: the gradient is zero, so nothing was sent.
@@ -126,20 +141,25 @@ def solve(
     for layer, before in reversed(list(zip(layers[:-1], shapes[:-2], strict=True))):
         if layer.kind == "activation":
             act = ACTIVATIONS[layer.options["function"]]
-            h = INVERSES[layer.options["function"]](_inside(layer.options["function"], h))
+            h = SOLVED[layer.options["function"]](_inside(layer.options["function"], h))
             slope = vjp(act, h)[1](torch.ones_like(h))[0]
             delta = delta * slope
         elif layer.kind == "flatten":
             h, delta, slope = h.reshape(before), delta.reshape(before), slope.reshape(before)
         elif layer.kind == "linear":  # ∂W = δ hᵀ is the whole system
             outer, delta = update[f"{layer.name}.weight"], delta.reshape(1, -1)
-            h = delta @ outer / delta.square().sum()
-            residual = (outer - delta.mT @ h).norm() / outer.norm()
+            h = delta @ outer / delta.square().sum().clamp(min=1e-300)
+            missed = (outer - delta.mT @ h).norm() / outer.norm().clamp(min=1e-300)
             delta, slope = delta @ params[f"{layer.name}.weight"], torch.ones_like(h)
+            residual = torch.maximum(residual, missed)
         else:
-            h, delta, residual = _invert(layer, params, update, before, h, delta, slope, ridge)
-            slope = torch.ones_like(h)
+            h, delta, missed = layer_systems.invert(layer, params, update, before, h, delta, slope, ridge)
+            slope, residual = torch.ones_like(h), torch.maximum(residual, missed)
     return h, residual
+
+
+def _active(a: Tensor) -> Tensor:
+    return a > RELU_EDGE * a.amax().clamp(min=1e-300)
 
 
 def _inside(function: str, a: Tensor) -> Tensor:
@@ -154,74 +174,3 @@ def _inside(function: str, a: Tensor) -> Tensor:
             return a.clamp(min=edge)
         case _:
             return a
-
-
-def _invert(
-    layer: Layer,
-    params: Params,
-    update: Tree,
-    before: tuple[int, ...],
-    z: Tensor,
-    delta: Tensor,
-    slope: Tensor,
-    ridge: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(h, δ_h, relative residual) in front of one affine layer, from z, δ_z and its weight gradient."""
-    name = f"{layer.name}.weight"
-    bare = {name: params[name], f"{layer.name}.bias": torch.zeros_like(params[f"{layer.name}.bias"])}
-    zero = torch.zeros(before, dtype=torch.float64)
-    offset = apply_layer(layer, params, zero)
-    transpose = vjp(lambda h: apply_layer(layer, bare, h), zero)[1]
-
-    def pull(
-        kernel: Tensor,
-    ) -> Tensor:  # row of J(δ): the weight-gradient entry in direction `kernel`, as a function of h
-        return vjp(lambda h: apply_layer(layer, {**bare, name: kernel}, h), zero)[1](delta)[0].flatten()
-
-    forward = vmap(lambda unit: transpose(unit)[0].flatten(), chunk_size=128)(_basis(z.shape))
-    weights = vmap(pull, chunk_size=128)(_basis(params[name].shape))
-    # Each set in units of its own size, so that neither outvotes the other.
-    target = (slope * (z - offset)).flatten()
-    first, second = 1 / target.norm().clamp(min=1e-300), 1 / update[name].norm().clamp(min=1e-300)
-    rows = torch.cat([forward * slope.flatten()[:, None] * first, weights * second])
-    goal = torch.cat([target * first, update[name].flatten() * second])
-    h = _least_squares(rows, goal, ridge)
-    residual = (goal - rows @ h).norm() / goal.norm()
-    return h.reshape(before), transpose(delta)[0], residual
-
-
-def _least_squares(rows: Tensor, goal: Tensor, ridge: float) -> Tensor:
-    """The minimiser of |rows·h − goal|² + ridge·trace/d·|h|² in float64.
-
-    The normal equations are factored in float32, which takes half the time, and the factor only
-    preconditions conjugate gradients on the float64 rows, which restore the accuracy.
-    """
-    single = rows.float()
-    normal = single.mT @ single
-    mean = normal.diagonal().mean()
-    normal.diagonal().add_(1e-6 * mean)
-    factor = torch.linalg.cholesky(normal)
-    weight = ridge * mean.double()
-
-    def precondition(r: Tensor) -> Tensor:
-        return torch.cholesky_solve(r.float()[:, None], factor)[:, 0].double()
-
-    h = torch.zeros_like(rows[0])
-    rest = rows.mT @ goal
-    first = rest.norm()
-    step = precondition(rest)
-    product = rest.dot(step)
-    for _ in range(100):
-        image = rows.mT @ (rows @ step) + weight * step
-        length = product / step.dot(image)
-        h, rest = h + length * step, rest - length * image
-        if rest.norm() <= 1e-14 * first:
-            break
-        turned = precondition(rest)
-        product, before = rest.dot(turned), product
-        step = turned + product / before * step
-    return h
-
-
-def _basis(shape: torch.Size) -> Tensor:
-    return torch.eye(shape.numel(), dtype=torch.float64).reshape(-1, *shape)
