@@ -5,6 +5,7 @@ A job holds what the attacker may see and nothing else, so it cannot leak a secr
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -43,7 +44,9 @@ class Job(NamedTuple):
 class Done(NamedTuple):
     """The result of a job. `curve` is `[point, lane]`: own loss at `curve_at` closures.
 
-    `path_psnr [lane point b]`, filled in by the scores, rates the guesses that the attacker chose among.
+    `path_psnr [lane point b]`, filled in by the scores, rates the guesses that the attacker chose among. A plan
+    with a limit of `seconds` keeps the images handed in on the way, `seen [lane point b c h w]`, and after how
+    many seconds, `seen_at [point]`; the scores put their PSNR `[lane point b]` in place of the images.
     """
 
     key: str
@@ -54,6 +57,8 @@ class Done(NamedTuple):
     curve_at: Tensor
     cpu_s: float
     path_psnr: Tensor | None = None
+    seen: Tensor | None = None
+    seen_at: Tensor | None = None
 
 
 def view_of(job: Job, plan: Audit | None = None) -> View:
@@ -93,10 +98,14 @@ def events(job: Job) -> Iterator[Progress | Done]:
     view = view_of(job, plan)
     began = time.process_time()
     points: list[tuple[int, Tensor]] = []
-    for event in drive(plan.attacks[job.chunk.attack], view, starts(plan, job.chunk, view)):
+    attack, start = plan.attacks[job.chunk.attack], starts(plan, job.chunk, view)
+    watch = Watch(plan.seconds)
+    for event in drive(attack, view, start, 1 if plan.seconds else 25, watch.look, watch.over):
         if isinstance(event, Progress):
-            points.append((event.step, event.loss))
-            yield event
+            watch.note(event)
+            if event.step % 25 == 0:
+                points.append((event.step, event.loss))
+                yield event._replace(x=None)
             continue
         guess, status, closures = event
         path = None if guess.path is None else guess.path.detach().cpu().float()
@@ -104,4 +113,44 @@ def events(job: Job) -> Iterator[Progress | Done]:
         curve = torch.stack([p[1] for p in points]) if points else torch.zeros(0, len(job.chunk.lanes))
         at = torch.tensor([p[0] for p in points], dtype=torch.int64)
         cpu_s = time.process_time() - began
-        yield Done(job.chunk.key, guess, status, closures, curve, at, cpu_s)
+        yield Done(job.chunk.key, guess, status, closures, curve, at, cpu_s, None, *watch.found(guess))
+
+
+class Watch:
+    """The clock of a race: images are kept at times that grow by √2, and the chunk ends after `seconds` of CPU.
+
+    Scoring an image costs nothing here: the clock runs on the attack's own CPU time.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.began = seconds, time.process_time()
+        self.next = seconds / 2**7 if seconds else math.inf
+        self.kept: list[tuple[float, Tensor]] = []
+
+    def spent(self) -> float:
+        """Seconds of CPU since the start."""
+        return time.process_time() - self.began
+
+    def look(self) -> bool:
+        """Whether the next image is due."""
+        return self.spent() >= self.next
+
+    def over(self) -> bool:
+        """Whether the time is up."""
+        return bool(self.seconds) and self.spent() >= self.seconds
+
+    def note(self, event: Progress) -> None:
+        """Keeps the images of an event that has some."""
+        if event.x is None:
+            return
+        spent = self.spent()
+        self.kept.append((spent, event.x.detach().cpu().float()))
+        while self.next <= spent:
+            self.next *= math.sqrt(2)
+
+    def found(self, guess: Guess) -> tuple[Tensor | None, Tensor | None]:
+        """(`seen`, `seen_at`) with the final images as last point; nothing without a clock."""
+        if not self.seconds:
+            return None, None
+        kept = [*self.kept, (self.spent(), guess.x)]
+        return torch.stack([x for _, x in kept], 1), torch.tensor([t for t, _ in kept])

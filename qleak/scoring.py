@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from qleak.catalog import short
 from qleak.jobs import Done
@@ -41,7 +42,7 @@ def score_group(
                     **{k: v[j] for k, v in scores.items()},
                     "selected": False, "success": False, "closures": int(done.closures[i]),
                     "cpu_s": done.cpu_s / len(chunk.lanes), "bits": bits, "bits_entropy": coded,
-                    "epsilon": _finite(epsilon), **_best_weight(done, i, j),
+                    "epsilon": _finite(epsilon), **_best_weight(done, i, j), **_race(done, i, j),
                     "chunk": chunk.key, "lane": i,
                 })  # fmt: skip
     wrong = max((r["psnr"] for r in rows if r["control"] == "wrong-gradient"), default=-math.inf)
@@ -60,14 +61,28 @@ def score_group(
 
 
 def rate_path(done: Done, chunk: Chunk, secret: Secret) -> Done:
-    """The PSNR of every guess that an attack chose its prior's weight among, in place of the guesses."""
-    if done.guess.path is None:
-        return done
-    rated = []
-    for lane, path in zip(chunk.lanes, done.guess.path, strict=True):
-        x = secret.x[lane.victim]
-        rated.append(torch.stack([psnr(p[match(p, x)], x) for p in path]))
-    return done._replace(guess=done.guess._replace(path=None), path_psnr=torch.stack(rated).float())
+    """PSNRs in place of images: of the guesses an attack chose its prior's weight among, and of those on its way."""
+    if done.guess.path is not None:
+        rated = _rated(done.guess.path, chunk, secret)
+        done = done._replace(guess=done.guess._replace(path=None), path_psnr=rated)
+    if done.seen is not None and done.seen.ndim > 3:
+        done = done._replace(seen=_rated(done.seen, chunk, secret))
+    return done
+
+
+def _rated(points: Tensor, chunk: Chunk, secret: Secret) -> Tensor:
+    """Images `[lane point b c h w]` -> PSNR `[lane point b]`."""
+    truths = [secret.x[lane.victim] for lane in chunk.lanes]
+    lanes = [[psnr(p[match(p, x)], x) for p in line] for line, x in zip(points, truths, strict=True)]
+    return torch.stack([torch.stack(line) for line in lanes]).float()
+
+
+def _race(done: Done, lane: int, image: int) -> dict[str, list[list[float]]]:
+    """[seconds, PSNR] on the way of a lane that had a time limit."""
+    if done.seen is None or done.seen_at is None:
+        return {}
+    pairs = zip(done.seen_at.tolist(), done.seen[lane, :, image].tolist(), strict=True)
+    return {"psnr_at": [[round(t, 3), round(p, 3)] for t, p in pairs]}
 
 
 def _best_weight(done: Done, lane: int, image: int) -> dict[str, float]:
@@ -100,10 +115,20 @@ def summarise(plan: Audit, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "recovered": sum(r["success"] for r in mine if r["selected"]),
             "success_rate": wins / len(mine), "success_ci": list(wilson(wins, len(mine))),
             "label_accuracy": _mean([float(r["label_ok"]) for r in mine]),
+            **({"counts_exact": _counts_exact(mine)} if plan.client.batch > 1 else {}),
             "bits": mine[0]["bits"], "bits_entropy": mine[0]["bits_entropy"], "epsilon": mine[0]["epsilon"],
             "cpu_s": sum(r["cpu_s"] for r in mine),
         })  # fmt: skip
     return out
+
+
+def _counts_exact(rows: list[dict[str, Any]]) -> float:
+    """Share of lanes all of whose labels are right: of batches whose classes are counted without a mistake."""
+    right: dict[tuple[str, int], bool] = {}
+    for r in rows:
+        lane = (r["chunk"], r["lane"])
+        right[lane] = right.get(lane, True) and r["label_ok"]
+    return sum(right.values()) / len(right)
 
 
 def _weight_oracle(rows: list[dict[str, Any]]) -> dict[str, float]:

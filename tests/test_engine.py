@@ -381,10 +381,10 @@ def test_labels_that_do_not_fit_are_one_line(plan):
 
 
 def test_an_audit_whose_attacks_all_refuse_is_one_line(plan, tmp_path):
-    relu = build("models", "lenet(channels=1, size=8, classes=4, width=3, function='relu')")
-    only = replace(plan, model=relu, attacks=(build("attacks", "closed_form"),))
+    gelu = build("models", "lenet(channels=1, size=8, classes=4, width=3, function='gelu')")
+    only = replace(plan, model=gelu, attacks=(build("attacks", "closed_form"),))
     with pytest.raises(
-        Expected, match=r"^Expected at least one attack that applies: closed_form needs .*layer 2 is relu\.$"
+        Expected, match=r"^Expected at least one attack that applies: closed_form needs .*layer 2 is gelu\.$"
     ):
         run(only, tmp_path / "r")
     rows, header = run(replace(only, attacks=(*only.attacks, dlg(outer=1, inner=2))), tmp_path / "both")

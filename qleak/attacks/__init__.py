@@ -1,9 +1,18 @@
 """Attacks: what an observer of the channel rebuilds."""
 
 from qleak.attacks.adam import adam, sign_adam
+from qleak.attacks.analytic import analytic
 from qleak.attacks.cells import adaptive, cells, refine
 from qleak.attacks.closed_form import closed_form
+from qleak.attacks.cpl import cpl
 from qleak.attacks.dlg import dlg, idlg
+from qleak.attacks.inverting import inverting_gradients, modern, see_through
 from qleak.attacks.lbfgs import lbfgs
+from qleak.attacks.mistaken import one_gradient
+from qleak.attacks.reveal import reveal
+from qleak.attacks.second_order import levenberg_marquardt
 
-__all__ = ["adam", "adaptive", "cells", "closed_form", "dlg", "idlg", "lbfgs", "refine", "sign_adam"]
+__all__ = [
+    "adam", "adaptive", "analytic", "cells", "closed_form", "cpl", "dlg", "idlg", "inverting_gradients",
+    "lbfgs", "levenberg_marquardt", "modern", "one_gradient", "refine", "reveal", "see_through", "sign_adam",
+]  # fmt: skip

@@ -112,6 +112,7 @@ def adaptive(
 ) -> Attack:
     """`cells` for every channel alike: a finer path of prior weights, walked to its end, 500 closures.
 
+    A fine even grid is read as numbers with small rounding errors ("graded", see `qleak.attacks.objectives`).
     Behind a coin or noise the weight matters most: too strong is blurred, too weak fits the noise. The choice
     (`stages.pick`) does not see the truth; what the truth would have chosen is reported beside it.
 
@@ -122,7 +123,7 @@ def adaptive(
         steps: closures of each of them.
         last: closures of the final stage.
     """
-    settings = _settings(weight, fade, stages, steps, last, path=True)
+    settings = _settings(weight, fade, stages, steps, last, path=True, objective="graded")
     return matching(settings, (*PAPERS, "Morozov. On the solution of functional equations by regularization. 1966."))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,11 +14,17 @@ from qleak.types import Attack, Guess, Status, Tree
 
 
 class Progress(NamedTuple):
-    """After `step` closures: own loss and status of every lane, in the order they came."""
+    """After `step` closures: own loss and status of every lane, in the order they came; images where asked for."""
 
     step: int
     loss: Tensor
     status: Tensor
+    x: Tensor | None = None
+
+
+def never() -> bool:
+    """False."""
+    return False
 
 
 def lanes_at(state: Any, lanes: Tensor) -> Any:
@@ -27,12 +33,25 @@ def lanes_at(state: Any, lanes: Tensor) -> Any:
 
 
 def drive(
-    attack: Attack, view: View, start: Tree, every: int = 25
+    attack: Attack,
+    view: View,
+    start: Tree,
+    every: int = 25,
+    look: Callable[[], bool] = never,
+    over: Callable[[], bool] = never,
 ) -> Iterator[Progress | tuple[Guess, Tensor, Tensor]]:
     """Yields `Progress` each `every` steps, and at the end (guess, status `[lane]`, closures `[lane]`).
 
     Lanes that are finished, converged or diverged are read out and taken out of the batch; the rest
     goes on alone. What a lane computes does not depend on which others run beside it.
+
+    Args:
+        attack: what to run.
+        view: what it sees.
+        start: every lane's draws, see `Attack.draw`.
+        every: closures between two looks at the lanes' status.
+        look: asked after each of them; where true, the images handed in so far go along.
+        over: asked as well; where true, every lane is read out.
     """
     total = view.lanes
     state = attack.init(view, start)
@@ -42,9 +61,10 @@ def drive(
     closures = torch.zeros(total, dtype=torch.int64)
     step = 0
     ended = _status(state)
+    enough = False
     while len(alive):
         if step % every == 0 or step >= attack.steps:
-            live = step < attack.steps
+            live = step < attack.steps and not enough
             stop = torch.ones_like(alive, dtype=torch.bool) if not live else (ended != Status.ACTIVE)
             if bool(stop.any()):
                 guess = attack.read(view, state)
@@ -65,11 +85,19 @@ def drive(
             ended = info.status.cpu()
             loss[alive] = info.loss.detach().float().cpu()
             status[alive] = ended
-            yield Progress(step, loss.clone(), status.clone())
+            seen = _images(attack.read(view, state), alive, guesses) if look() else None
+            yield Progress(step, loss.clone(), status.clone(), seen)
+            enough = over()
     ordered = [guesses[i] for i in range(total)]
     x, labels, losses = (torch.stack([g[i] for g in ordered]) for i in range(3))  # pyright: ignore[reportArgumentType]
     path = [g.path for g in ordered if g.path is not None]
     yield Guess(x, labels, losses, torch.stack(path) if path else None), status, closures
+
+
+def _images(guess: Guess, alive: Tensor, done: dict[int, Guess]) -> Tensor:
+    """The images of every lane: from its guess now, or from what it has handed in."""
+    now = {int(lane): guess.x[i] for i, lane in enumerate(alive)}
+    return torch.stack([v for _, v in sorted((now | {k: g.x for k, g in done.items()}).items())])
 
 
 def _status(state: Any) -> Tensor:

@@ -161,14 +161,19 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         return state, Info(state.best_loss, state.status)
 
     def excess(view: View, state: MatchState) -> Tensor:
-        """By what share the truth is expected to miss the best fit, `[lane]`; 0 where the message is exact."""
+        """By what share the best guess is expected to miss the best fit, `[lane]`; 0 where the message is exact.
+
+        n errors and p free pixels: the truth misses it by p/(n − p). The best prior weight leaves about half of the
+        pixels free and so fits half as much of the noise.
+        """
         if not (settings.relative and view.evidence and objectives.is_noisy(view, settings.objective)):
             return torch.zeros_like(state.size)
         images, target = split(view, state._replace(x=state.best_x))
         update = vmap(lambda x, t: routes.update_of(view, x, t, given(view)))(images, target)
         count = objectives.effective(view, update, state.goal)
         pixels = torch.Size(images.shape[1:]).numel()
-        return pixels / (count - pixels).clamp(min=1)
+        noisy = objectives.is_point(state.goal) if isinstance(state.goal, objectives.Box) else count > 0
+        return torch.where(noisy, 0.5 * pixels / (count - pixels).clamp(min=1), 0)
 
     def read(view: View, state: MatchState) -> Guess:
         state = stages.recorded(state, torch.ones_like(state.status, dtype=torch.bool))

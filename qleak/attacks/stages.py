@@ -24,10 +24,10 @@ def weights(path: Sequence[float], fade: float, view: View) -> list[float]:
 def pick(evidence: Tensor, excess: Tensor, gain: float) -> tuple[Tensor, Tensor]:
     """Which stage the attacker hands in: `evidence [lane stage]` (inf: not reached) -> (stage, settled), `[lane]`.
 
-    Behind a coin or noise, the strongest prior whose guess explains the message as well as the truth would:
-    of n numbers the best fit of p pixels is expected to explain a share p/n too much, so the bound is
-    n/(n − p) = 1 + `excess [lane]` times the smallest evidence of the path (`excess` 0: no such rule). It is
-    the discrepancy principle (Morozov 1966) with the noise level taken from the fit.
+    Behind a coin or noise, the strongest prior whose guess explains the message as well as it should: of n
+    numbers the best fit of p pixels is expected to explain a share p/n too much, so the bound is 1 + `excess [lane]`
+    times the smallest evidence of the path (`excess` 0: no such rule). It is the discrepancy principle
+    (Morozov 1966) with the noise level taken from the fit.
     Elsewhere constraint satisfaction: the first stage that no longer lowers the evidence by the share
     `gain`, once it is below 0.1 (1 is what an update of zero has: a prior that still drowns the message
     proves nothing). `settled` says that weaker priors cannot change the answer.

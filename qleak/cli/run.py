@@ -206,11 +206,11 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
 
 def _join(folder: Path) -> None:
     from qleak import store
-    from qleak.report import compare, frontier
+    from qleak.report import study
 
     header = store.read_run(folder)
     with store.open_run(folder, header) as run:
-        run.update(summary=compare.as_json(frontier.join([folder])))
+        run.update(summary=study.summary(folder))
 
 
 def _folder(common: Common, recipe: str, plan: Plan) -> Path:

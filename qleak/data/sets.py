@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from qleak.check import Expected, at_least, did_you_mean, whole
-from qleak.data import arrays, embedded, images, listed, stored
+from qleak.data import arrays, called, embedded, images, listed, picture, stored
 from qleak.data.arrays import Raw
 from qleak.types import Dataset
 
@@ -100,7 +100,8 @@ def load(
 
     Args:
         name: a name of `names()`, the stem of an `.npz` in the data folder, or a path: `./x.npz` with
-            `x_train y_train x_test y_test`, or `./pics/`, flat or with one sub-folder a class.
+            `x_train y_train x_test y_test`, or `./pics/`, flat or with one sub-folder a class. Or a call:
+            `lfw(size=32, limit=100)` for sets of image files, `picture(path='x.png')` for a file.
         split: "train", "test" or what else the set has.
         folder: the data folder; see `home`.
         limit: the first so many images of the split only.
@@ -119,6 +120,8 @@ def load(
 
 
 def _raw(name: str, split: str, root: Path, limit: int | None, size: int | None) -> Raw:
+    if (call := called.parse(name)) is not None:
+        return _called(name, *call, split, root, limit, size)
     source = SETS.get(name)
     if source is not None:
         _splits(name, split, source.splits)
@@ -142,6 +145,24 @@ def _raw(name: str, split: str, root: Path, limit: int | None, size: int | None)
     _sized(name, size, False)
     raw = arrays.npz(path, split)
     return raw._replace(x=raw.x[:limit], y=raw.y[:limit])
+
+
+def _called(
+    text: str, name: str, options: dict[str, Any], split: str, root: Path, limit: int | None, size: int | None
+) -> Raw:
+    if name == "picture":
+        called.only(text, options, "path", "size", "channels", "label", "digest")
+        _splits(name, split, ("train",))
+        return picture.picture(**(options if size is None else {**options, "size": size}))
+    if name not in SETS:
+        raise Expected(
+            f"Unknown data set {name!r}.{did_you_mean(name, ['picture', *names()])} `qleak data ls` lists them."
+        )
+    called.only(text, options, "size", "limit")
+    whole(**options)
+    at_least(1, **options)
+    limits = [n for n in (limit, options.get("limit")) if n]
+    return _raw(name, split, root, min(limits, default=None), options.get("size", size))
 
 
 def _splits(name: str, split: str, splits: tuple[str, ...]) -> None:

@@ -245,12 +245,16 @@ def estimate(plan: Audit, device: str = "cpu", steps: int = 3) -> dict[str, floa
     return {"cpu_s": seconds, "bytes": size}
 
 
+KEPT = ("path_psnr", "seen", "seen_at")
+"""What a chunk's file holds only sometimes, in the order of `Done`."""
+
+
 def _tensors(done: Done) -> Tree:
     return {
         "x": done.guess.x, "labels": done.guess.labels, "loss": done.guess.loss, "status": done.status,
         "closures": done.closures, "curve": done.curve, "curve_at": done.curve_at,
         "cpu_s": torch.tensor(done.cpu_s, dtype=torch.float64),
-        **({} if done.path_psnr is None else {"path_psnr": done.path_psnr}),
+        **{k: v for k in KEPT if (v := getattr(done, k)) is not None},
     }  # fmt: skip
 
 
@@ -258,5 +262,6 @@ def _load(store: Run, chunk: Chunk) -> Done:
     t = store.load(f"chunk-{chunk.key}")
     guess = Guess(t["x"], t["labels"], t["loss"])
     return Done(
-        chunk.key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]), t.get("path_psnr")
-    )
+        chunk.key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]),
+        *(t.get(k) for k in KEPT),
+    )  # fmt: skip

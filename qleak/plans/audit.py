@@ -50,6 +50,8 @@ class Audit(Written):
         controls: control lanes per victim and arm (prior-only and wrong-gradient).
         grants: what the threat model shares beside the message: "buffers" of the model (running statistics), true
             "labels", batch "statistics" that the client's batch norms saw.
+        seconds: CPU seconds after which a chunk hands in what it has, and notes the PSNR on the way (0: no limit);
+            the one setting whose result depends on the machine.
         wrong: victims that get a wrong-gradient lane in an arm, another one from channel to channel; 0: all.
         seed: root of every draw.
         success: PSNR in dB from which a reconstruction counts, if it beats both controls as well.
@@ -74,6 +76,7 @@ class Audit(Written):
     delta: float = 1e-5
     wrong: int = 0
     grants: tuple[str, ...] = later(("buffers",))
+    seconds: float = later(0.0)
 
     kind: ClassVar[str] = "audit"
 
@@ -82,6 +85,7 @@ class Audit(Written):
         at_least(0, seed=self.seed, model_seed=self.model_seed, controls=self.controls, wrong=self.wrong)
         at_least(1, chunk=self.chunk, victims=len(self.victims), channels=len(self.channels), attacks=len(self.attacks))
         positive(success=self.success)
+        at_least(0, seconds=self.seconds)
         between(0, 1, delta=self.delta)
         if isinstance(self.restarts, tuple) and len(self.restarts) != len(self.victims):
             raise Expected(f"Expected one of restarts={self.restarts} per victim ({len(self.victims)}).")

@@ -13,7 +13,7 @@ from qleak.plans.training import Training
 
 @dataclass(frozen=True)
 class Study(Written):
-    """Audits and trainings of the same channels, joined into one frontier.
+    """Audits and trainings of the same channels, joined into one frontier; or audits alone, read side by side.
 
     Attributes:
         names: a name for every part: its folder below the study's.
@@ -37,9 +37,9 @@ class Study(Written):
     def lines(self) -> dict[str, str]:
         """The plan in words, for the terminal."""
         found = {}
+        differ = len({str(part.lines().get("threat")) for part in self.parts if isinstance(part, Audit)}) > 1
+        keys = ("model", "data", "attacks", *(["threat"] if differ else []), "lanes", "training", "seeds")
         for name, part in zip(self.names, self.parts, strict=True):
             said = part.lines()
-            found[name] = " · ".join(
-                said[k] for k in ("model", "data", "attacks", "lanes", "training", "seeds") if k in said
-            )
+            found[name] = " · ".join(said[k] for k in keys if k in said)
         return found | {"channels": " · ".join(self.labels())}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qleak.report import compare, figures, pictures, plots, study, training, words
+from qleak.report import compare, figures, parts, pictures, plots, study, training, words
 from qleak.report.frontier import Part
 from qleak.report.stored import Stored, by_arm, load, write_file
 from qleak.store import read_run
@@ -14,7 +14,11 @@ from qleak.store import read_run
 ENVIRONMENT = ("device", "workers", "cpu", "cores", "system", "cuda", "git", "started", "finished")
 BARS = 24  # arms that a bar each can show; the table and the dots show more
 # Fields of an audit's summary that not every run has, with their columns.
-OPTIONAL = {"psnr_weight_oracle": "prior weight\nby the truth, dB", "rounds_seen": "rounds\nseen"}
+OPTIONAL = {
+    "psnr_weight_oracle": "prior weight\nby the truth, dB",
+    "rounds_seen": "rounds\nseen",
+    "counts_exact": "label counts\nexact",
+}
 
 
 def write(folder: Path, out: Path) -> Path:
@@ -125,7 +129,10 @@ def _front(joined: study.Joined, out: Path, whole: bool = True) -> dict[str, Any
 
 
 def _study(joined: study.Joined, out: Path) -> dict[str, Any]:
-    return _of_run(joined.header) | {"verdict": study.verdict(joined)} | _front(joined, out)
+    norms = parts.norms(joined.folders()) if joined.aside else None
+    aside = {"aside": joined.aside, "side_heads": parts.HEADS, "side": parts.rows(joined.lines), "norms": norms}
+    aside["varied"] = parts.varied(joined.headers()) if joined.aside else {}
+    return _of_run(joined.header) | {"verdict": study.verdict(joined)} | aside | _front(joined, out)
 
 
 def _part(i: int, part: study.Named, out: Path, whole: bool) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""A stored study as people read it: the frontier over its parts, one sentence, then the parts."""
+"""A stored study as people read it: the frontier over its parts, or audits side by side; one sentence, then the parts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from rich.text import Text
 from qleak import store
 from qleak.errors import Expected
 from qleak.report import compare, frontier, training, words
+from qleak.report import parts as side
 from qleak.report.frontier import Part, Point
 
 
@@ -24,13 +25,30 @@ class Named(NamedTuple):
 
 
 class Joined(NamedTuple):
-    """A study that has been read, or the runs that `qleak compare` was given."""
+    """A study that has been read, or the runs that `qleak compare` was given.
+
+    `lines` stand in place of `points` where all parts are audits (see `report.parts`).
+    """
 
     folder: Path | None
     header: dict[str, Any]
     parts: list[Named]
     points: list[Point]
     notes: list[str]
+    lines: Sequence[dict[str, Any]] = ()
+
+    @property
+    def aside(self) -> bool:
+        """Whether its parts are audits to be read side by side."""
+        return side.apply(self.header)
+
+    def headers(self) -> dict[str, dict[str, Any]]:
+        """run.json of every part that was run, by its name."""
+        return {part.name: part.header for part in self.parts if part.header is not None}
+
+    def folders(self) -> dict[str, Path]:
+        """Folders of the parts that have numbers, by name."""
+        return {part.name: part.folder for part in self.parts if part.header and part.header.get("summary")}
 
 
 def load(folder: Path) -> Joined:
@@ -46,11 +64,24 @@ def load(folder: Path) -> Joined:
     for part in header.get("parts") or []:
         below = folder / part["folder"]
         parts.append(Named(part["name"], below, store.read_run(below) if (below / "run.json").is_file() else None))
-    runs = frontier.parts(part.folder for part in parts if part.header is not None)
-    points = frontier.join_parts(runs) or compare.from_json(header.get("summary") or [])
     missing = [part.name for part in parts if part.header is None]
     gone = [f"Not run yet, or gone: {', '.join(missing)}."] if missing else []
+    if side.apply(header):
+        return Joined(folder, header, parts, [], gone, side.lines(folder) or header.get("summary") or [])
+    runs = frontier.parts(part.folder for part in parts if part.header is not None)
+    points = frontier.join_parts(runs) or compare.from_json(header.get("summary") or [])
     return Joined(folder, header, parts, points, [*frontier.notes(runs), *gone])
+
+
+def summary(folder: Path) -> list[dict[str, Any]]:
+    """What a study's run.json sums up: points of the frontier, or lines of audits side by side.
+
+    Raises:
+        Expected: a part is damaged.
+    """
+    if side.apply(store.read_run(folder)):
+        return side.lines(folder)
+    return compare.as_json(frontier.join([folder]))
 
 
 def of_runs(runs: list[Part]) -> Joined:
@@ -61,6 +92,8 @@ def of_runs(runs: list[Part]) -> Joined:
 
 def verdict(study: Joined) -> str:
     """One sentence: the front from private to accurate, and what breaks it."""
+    if study.aside:
+        return side.verdict(study.lines, study.header)
     if not study.points:
         return f"Verdict: none yet, the study is {study.header.get('status', 'unfinished')}."
     front = sorted((p for p in study.points if p.front), key=lambda p: p.psnr or 0.0)
@@ -84,6 +117,10 @@ def table(study: Joined) -> Iterator[RenderableType]:
     """The joined table, the notes, a line per part."""
     if study.points:
         yield from compare.table(study.points)
+    if study.lines:
+        yield from side.table(study.lines)
+        yield from side.norm_table(study.folders())
+        yield from side.details(study.lines, study.headers())
     for note in study.notes:
         yield Text(f"Note: {note}")
     if study.folder is not None:
