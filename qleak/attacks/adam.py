@@ -63,7 +63,8 @@ def adam(
     def rate(done: Tensor) -> Tensor:
         rate = torch.full_like(done, lr)
         if schedule == "steps":
-            rate = rate * torch.stack([torch.where(done >= total * at, 0.1, 1.0) for at in DROPS]).prod(0)
+            for at in DROPS:
+                rate = torch.where(done >= total * at, 0.1 * rate, rate)
         if schedule == "cosine":
             rate = rate * 0.5 * (1 + torch.cos(math.pi * (done / total).clamp(max=1)))
         return rate * ((done + 1) / warmup).clamp(max=1) if warmup else rate

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qleak.report import compare, figures, parts, pictures, plots, study, training, words
+from qleak.report import compare, figures, parts, pictures, plots, race, study, training, words
 from qleak.report.frontier import Part
 from qleak.report.stored import Stored, by_arm, load, write_file
 from qleak.store import read_run
@@ -92,6 +92,8 @@ def _audit(run: Stored) -> dict[str, Any]:
         "strips": Markup(figures.psnr_strips(run)),
         "curves": Markup(figures.loss_curves(run)),
         "most": figures.most_curves(run),
+        "race": Markup(race.figure(run)),
+        "leaders": [(f"{t:.2g}", attack, f"{p:.1f}") for t, attack, p in race.winners(run)],
         "bars": Markup(figures.psnr_bars(run) if len(arms) <= BARS else ""),
         "threats": words.threat_model(header, run.batch),
     }  # fmt: skip
