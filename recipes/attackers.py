@@ -2,6 +2,22 @@
 
 `cells` reads intervals, coins and noise; "l2" and "cosine" take the decoded numbers at face value, "weighted" divides
 each tensor's error by its step, "straight_through" quantizes the guess too.
+
+Measured (four photographs, one start, 500 closures each): by 7 to 16 dB better on 16 and 4 levels, a sign bit and keep-10 %;
+at 256 levels and under noise of 0.01 the readings do not differ significantly (33.9 against 33.8 dB for plain l2 on
+256 levels, 32.6 against 32.9 with a coin, 24.6 against 25.0 under noise; paired |t| < 2.2).
+
+Claims:
+    uniform(levels=256) adaptive psnr_selected >= 31
+    uniform(levels=16) adaptive psnr_selected >= 20
+    uniform(levels=4) adaptive psnr_selected >= 16
+    stochastic(levels=256) adaptive psnr_selected >= 30
+    stochastic(levels=16) adaptive psnr_selected >= 18
+    sign adaptive psnr_selected >= 15
+    top_k(ratio=0.1) adaptive psnr_selected >= 21
+    gaussian(sigma=0.01, unbounded=True) adaptive psnr_selected >= 22
+    uniform(levels=4) cells psnr_selected <= 10
+    sign cells psnr_selected <= 9
 """
 
 from qleak.attacks import adaptive, cells

@@ -1,7 +1,19 @@
 """Does the attack work at every stage of convergence? The same digits, attacked at the start, the middle and the end.
 
 A sigmoid LeNet learns the embedded digits through each channel; in the first round, half-way and in the last one its
-own weights are used to attack three of its first batches of one.
+own weights are used to attack some of its first batches of one.
+
+Measured: yes, for one who knows the net. From the first round to the last the closed form has 115–120 dB on the exact
+gradient, and `refine` 49–54 dB behind 8 bits. The attack of 2019 falls off as the net learns: mean 81, 54, 20 dB on the
+exact gradient, 43, 33, 7 dB behind 8 bits (the optimisation fails, not the information).
+
+Claims:
+    fp32 round-1.closed_form psnr_selected >= 100
+    fp32 round-2000.closed_form psnr_selected >= 100
+    uniform(bits=8) round-1.refine psnr_selected >= 45
+    uniform(bits=8) round-2000.refine psnr_selected >= 45
+    fp32 round-1.dlg psnr_selected >= 60
+    uniform(bits=8) round-2000.dlg psnr_selected <= 20
 """
 
 from qleak.attacks import adaptive, cells, closed_form, dlg, refine

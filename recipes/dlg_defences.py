@@ -3,6 +3,23 @@
 Zhu, Liu, Han (NeurIPS 2019), section 5: Gaussian and Laplace noise of variance-matched size, half precision, int8,
 pruning of 1 to 70 % of the gradient. The leakage is that of their net, an untrained sigmoid LeNet; the accuracy that of
 a convolutional net trained through the same channels.
+
+Measured (four photographs; Fashion-MNIST, 76.7 % ± 6.9 without a defence): none of the defences that keep the accuracy
+stops an attacker who knows it. Half precision 42.4 and 39.3 dB, int8 32.2, keep 30 % 29.9, noise of 0.01 24.6 dB, all
+with the accuracy of none; noise of 0.1 (14.0 dB) costs all of it. The 2019 attack itself stays under 11 dB everywhere
+within its 400 closures.
+
+Claims:
+    float16 study psnr >= 38
+    bfloat16 study psnr >= 35
+    uniform(bits=8) study psnr >= 28
+    uniform(bits=8) study test_accuracy >= 0.72
+    top_k(ratio=0.3) study psnr >= 26
+    top_k(ratio=0.3) study test_accuracy >= 0.70
+    gaussian(sigma=0.01, unbounded=True) study psnr >= 22
+    gaussian(sigma=0.01, unbounded=True) study test_accuracy >= 0.72
+    gaussian(sigma=0.1, unbounded=True) study psnr <= 17
+    gaussian(sigma=0.1, unbounded=True) study test_accuracy <= 0.2
 """
 
 from qleak.attacks import adaptive, dlg

@@ -2,6 +2,19 @@
 
 One ReLU convolutional net and one data set: its untrained gradients are attacked by one who knows the channel, and it
 is trained through the channel. A point beats another if it leaks less and learns more.
+
+Measured (four Fashion-MNIST images; 79.8 % ± 1.4 without a channel): 256 levels give 38.2 dB for 79.7 %, QSGD 24.1 for
+79.3, a sign bit 16.1 for 78.5, TernGrad 11.8 for 78.9: coins protect where coarseness alone does not. Noise of 0.1
+protects (8.6 dB) and learns nothing (11 %).
+
+Claims:
+    fp32 study psnr >= 40
+    uniform(levels=256) study psnr >= 33
+    sign study psnr >= 13
+    sign study test_accuracy >= 0.74
+    terngrad study psnr <= 15
+    terngrad study test_accuracy >= 0.72
+    gaussian(sigma=0.1, unbounded=True) study test_accuracy <= 0.25
 """
 
 from qleak.attacks import adaptive, dlg

@@ -2,6 +2,15 @@
 
 The success rate over starts of the 2019 attack, the 2020 one with the label inferred first, and `cells`, on the exact
 gradient and behind 8 bits, with Wilson's interval.
+
+Measured: `cells` rebuilds the photograph from 16 of 16 starts (45.7 dB from the exact gradient, 28.4 behind 8 bits); dlg
+and idlg from none within 600 closures, best 12.6 and 13.6 dB.
+
+Claims:
+    fp32 cells success_rate >= 1
+    uniform(bits=8) cells success_rate >= 1
+    fp32 dlg success_rate <= 0.1
+    fp32 idlg success_rate <= 0.1
 """
 
 from qleak.attacks import cells, dlg, idlg

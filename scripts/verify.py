@@ -3,7 +3,8 @@
 A claim is a line `CHANNEL ATTACK FIELD >= NUMBER` (or `<=`) under "Claims:" in the docstring; the fields are
 those of run.json's summary for the runs without control. In place of an attack stands `training` for what is
 learnt through a channel, `study` for a point of a joined table, `round-N` and an attack's name joined by a dot
-(`round-1.dlg`) for an audit inside a training. Runs are made, or resumed, under runs/.
+(`round-1.dlg`) for an audit inside a training. The part of a study of audits stands in front of the channel
+(`batch-4 fp32`). Runs are made, or resumed, under runs/.
 """
 
 from __future__ import annotations
@@ -28,10 +29,16 @@ def claims(doc: str) -> list[tuple[str, str, str, str, float]]:
 def check(claim: tuple[str, str, str, str, float], summary: list[dict]) -> tuple[bool, float]:
     """Whether the summary bears the claim out, and the number it has."""
     channel, attack, field, relation, number = claim
-    found = [s[field] for s in summary if s["channel"] == channel and arm(s) == attack and s.get(field) is not None]
+    mine = [s for s in summary if place(s) == channel and arm(s) == attack]
+    found = [s[field] for s in mine if s.get(field) is not None]
     if not found:
         return False, float("nan")
     return (found[0] >= number if relation == ">=" else found[0] <= number), found[0]
+
+
+def place(line: dict) -> str:
+    """The channel of a line, with the study's part in front where audits stand side by side: `batch-4 fp32`."""
+    return f"{line['part']} {line['channel']}" if "part" in line else line["channel"]
 
 
 def arm(line: dict) -> str:

@@ -1,6 +1,7 @@
 """The later attacks: their optimizers, priors and clients against slow, obvious twins."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -260,7 +261,7 @@ def test_an_aggregate_is_all_a_server_sees_of_a_crowd():
     x, y = batch(6)
     whole = gradient(6).update(NET, view.params, {}, x, y)
     for k, v in tree.at(view.decoded(), 0).items():
-        torch.testing.assert_close(v, whole[k], atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(v, whole[k], atol=1e-7, rtol=1e-6)  # 1/3 is a knob in float32
     for objective in ("cells", "l2", "cosine"):
         attack = cells(stages=1, steps=3, last=3, objective=objective, labels="inferred")
         assert attack.applies(view) == ""
@@ -350,7 +351,7 @@ def test_a_race_ends_in_time_and_says_what_it_had_on_the_way(data, tmp_path):
     lines = race.curves(stored)
     assert set(lines) == {"inverting_gradients(steps=100000)", "cells"}
     line = lines["inverting_gradients(steps=100000)"]
-    assert len(line) >= 4 and all(a < b for (a, _), (b, _) in zip(line, line[1:], strict=False)) and line[-1][0] < 5
+    assert len(line) >= 4 and all(a < b for (a, _), (b, _) in pairwise(line)) and line[-1][0] < 5
     final = [r["psnr"] for r in stored.rows if r["attack"].startswith("inverting")]
     assert line[-1][1] == pytest.approx(sum(final) / len(final), abs=1e-2)
     assert race.figure(stored).startswith("<svg") and race.winners(stored)[-1][2] == pytest.approx(

@@ -24,7 +24,7 @@ def parse(text: str) -> tuple[str, dict[str, Any]] | None:
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return None
     try:
-        if node.args:
+        if node.args or any(k.arg is None for k in node.keywords):
             raise ValueError
         return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
     except (ValueError, TypeError):

@@ -165,8 +165,8 @@ def rows(found: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str, Any]
 def norms(folders: dict[str, Path]) -> tuple[list[str], list[dict[str, Any]]] | None:
     """Gradient norms by layer: the parts' names, and a row for each tensor. None unless all have the same few tensors."""
     found = {name: gradient(folder)[1] for name, folder in folders.items()}
-    tensors = {tuple(norms) for norms in found.values()}
-    if len(tensors) != 1 or not 0 < len(names := next(iter(tensors))) <= LAYERS:
+    names = sorted(next(iter(found.values()), {}))  # files do not keep the order of layers
+    if not 0 < len(names) <= LAYERS or any(set(norms) != set(names) for norms in found.values()):
         return None
     made = [
         {"number": None, "channel": t, "front": False, "cells": [f"{norms[t]:.3g}" for norms in found.values()]}

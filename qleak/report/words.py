@@ -161,7 +161,7 @@ def threat_model(header: dict[str, Any], batch: int) -> list[tuple[str, str]]:
     sends = f"One update made from {_count(batch)} at a time, through the channel. {says('clients', plan['client'])}"
     sees = (
         "The message exactly as it was sent; the channel and its settings; the architecture and every weight; "
-        f"how many images one update holds. {says('models', plan['model'])}"
+        f"how many images one update holds{told(plan.get('grants', ['buffers']))}. {says('models', plan['model'])}"
     )
     success = (
         f"A PSNR of at least {plan['success']:g} dB that also beats every control of the same image. The restart that "
@@ -171,11 +171,26 @@ def threat_model(header: dict[str, Any], batch: int) -> list[tuple[str, str]]:
     return [
         ("What the client sends", sends),
         ("What the attacker sees", sees),
-        ("What the attacker does not see", "The images, and their labels: these are inferred, not given."),
+        ("What the attacker does not see", hidden(plan.get("grants", ["buffers"]))),
         *((f"The attack {spec.split('(')[0]}", says("attacks", spec)) for spec in plan["attacks"]),
         ("What counts as success", success),
         *((f"The control {name}", what) for name, what in CONTROLS.items()),
     ]
+
+
+def told(grants: list[str]) -> str:
+    """What the threat model shares beside the message, as the end of a sentence."""
+    names = {
+        "buffers": "the model's buffers", "labels": "the true labels", "statistics": "the batch statistics of every batch norm",
+    }  # fmt: skip
+    return "".join(f"; {names[g]}" for g in grants)
+
+
+def hidden(grants: list[str]) -> str:
+    """What it keeps from the attacker."""
+    labels = "" if "labels" in grants else ", and their labels: these are inferred, not given"
+    buffers = "" if "buffers" in grants else ". Running statistics of batch norms are withheld"
+    return f"The images{labels}{buffers}."
 
 
 def says(room: str, spec: str) -> str:

@@ -1,0 +1,63 @@
+"""Width, depth or sheer number of parameters: which property of a net makes its gradients give images back?
+
+Three families, each of which moves one of them: convolutional nets of one depth and growing width, of one width and
+growing depth, and nets with one hidden layer that grows. Width and depth bring parameters with them, so each family is to
+be read beside the column of parameters. The images and the attack are the same throughout.
+"""
+
+from qleak.attacks import cells
+from qleak.catalog import build, several
+from qleak.check import at_least, whole
+from qleak.data import load
+from qleak.plans import Audit, Study
+from qleak.plans.victims import numbers, spread
+
+
+def architectures(
+    widths: str = "2,4,12,24",
+    depths: str = "2,3,4,6",
+    hidden: str = "4,16,64,256",
+    images: int = 4,
+    data: str = "mnist5k",
+    function: str = "sigmoid",
+    init: str = "wide",
+    channels: str = "chain()",
+    restarts: int = 1,
+    full: bool = False,
+) -> Study:
+    """The plan.
+
+    Args:
+        widths: channels of every convolution of a net with three.
+        depths: numbers of convolutions of twelve channels.
+        hidden: units of the hidden layer of a perceptron.
+        images: images attacked, spread over the set.
+        data: a data set of square images.
+        function: activation, the same everywhere.
+        init: weights of the convolutional nets, "wide" or "default".
+        channels: channels separated by ";".
+        restarts: random starts on each image.
+        full: 32 images, 8 restarts.
+    """
+    whole(images=images)
+    at_least(1, images=images)
+    found = load(data)
+    c, size, _ = found.x.shape[1:]
+    base = f"channels={c}, size={size}, classes={found.classes}, function={function!r}"
+    nets = {f"width-{w}": f"lenet({base}, width={w}, init={init!r})" for w in numbers(widths, "widths")}
+    nets |= {f"depth-{d}": f"deep_lenet({base}, depth={d}, init={init!r})" for d in numbers(depths, "depths")}
+    nets |= {f"hidden-{h}": f"mlp({base}, hidden=({h},))" for h in numbers(hidden, "hidden")}
+    parts = [
+        Audit(
+            model=build("models", net),
+            data=data,
+            victims=spread(len(found.x), 1, 32 if full else images),
+            channels=several("channels", channels, ("chain()",)),
+            attacks=(cells(),),
+            restarts=8 if full else restarts,
+            wrong=1,
+            chunk=4,
+        )
+        for net in nets.values()
+    ]
+    return Study(tuple(nets), tuple(parts))

@@ -1,0 +1,39 @@
+"""The 2019 attack where the papers ran it: the exact gradient of an untrained LeNet, image 25 of CIFAR-100.
+
+Zhu, Liu, Han (NeurIPS 2019): image and soft label are optimised together, from standard normal noise, until their
+gradient is the one that was shared. The net is the papers' LeNet with weights U(−0.5, 0.5) and a hundred classes.
+"""
+
+from qleak.attacks import dlg, idlg
+from qleak.plans import Audit
+from qleak.plans.victims import single
+
+
+def dlg_cifar100(
+    index: str = "25",
+    image: str = "",
+    label: int = 0,
+    data: str = "cifar100",
+    outer: int = 60,
+    restarts: int = 1,
+    both: bool = False,
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        index: the image attacked, or first:last for a range (the last left out). More than 20 images are attacked
+            without controls, 32 lanes at a time.
+        image: a picture file in place of the data set, cropped to a square and scaled to 32×32 colour.
+        label: the picture's class, in 0 … 99: no file says what it shows, and the client's gradient needs one.
+        data: another set; the net takes its shape and its number of classes.
+        outer: outer iterations of L-BFGS, 20 closures each.
+        restarts: random starts on each image.
+        both: run the 2020 attack beside it, on the same gradients.
+        full: the paper's 300 outer iterations.
+    """
+    outer = 300 if full else outer
+    attacks = (dlg(outer=outer), idlg(outer=outer)) if both else (dlg(outer=outer),)
+    return single(
+        attacks, data, index, image, label, restarts, shape=(3, 32, 32), classes=100, instead="photos --index 0"
+    )

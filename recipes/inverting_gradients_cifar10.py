@@ -1,0 +1,49 @@
+"""Inverting gradients on a residual net: cosine distance, signed Adam and total variation, one colour image at a time.
+
+Geiping, Bauermeister, Dröge, Moeller (NeurIPS 2020) attack residual nets on CIFAR-10, untrained and trained, with batch
+norm by running statistics. `--model run:ID` takes a net that a training run wrote.
+"""
+
+from qleak.attacks import inverting_gradients, modern
+from qleak.catalog import several
+from qleak.plans import Audit
+from qleak.plans.victims import fitting, spread
+
+
+def inverting_gradients_cifar10(
+    images: int = 8,
+    steps: int = 600,
+    model: str = "resnet(depth=20, mode='eval')",
+    data: str = "cifar10",
+    channels: str = "chain()",
+    variation: float = 0.01,
+    restarts: int = 1,
+    both: bool = False,
+    full: bool = False,
+) -> Audit:
+    """The plan.
+
+    Args:
+        images: images attacked, spread over the set.
+        steps: closures of the attack; the learning rate falls at 3/8, 5/8 and 7/8 of them.
+        model: a model of `qleak ls models` for 32×32 colour images, or run:ID.
+        data: a data set that fits it, such as cifar10-12k.
+        channels: channels separated by ";".
+        variation: weight of total variation.
+        restarts: random starts on each image.
+        both: run `modern`, the later settings of the same attack, beside it.
+        full: the paper's 24,000 closures, 100 images.
+    """
+    steps = 24000 if full else steps
+    net, count = fitting(model, data)
+    attack = inverting_gradients(steps=steps, variation=variation)
+    return Audit(
+        model=net,
+        data=data,
+        victims=spread(count, 1, 100 if full else images),
+        channels=several("channels", channels, ("chain()",)),
+        attacks=(attack, modern(steps=steps)) if both else (attack,),
+        restarts=restarts,
+        wrong=1,
+        chunk=4,
+    )
