@@ -122,7 +122,7 @@ def several(room: str, text: str, every: Sequence[str]) -> tuple[Any, ...]:
 
 def _normalise(room: str, text: str) -> str:
     name, paren, rest = text.strip().partition("(")
-    if room == "models" and ":" in text and _is_code(text.strip()):  # file.py:Net is short for imported('file.py:Net')
+    if room == "models" and ":" in text and is_code(text.strip()):  # file.py:Net is short for imported('file.py:Net')
         name, paren, rest = "imported", "(", f"{text.strip()!r})"
     elif not paren and ":" in name:  # uniform:16 is short for uniform(16)
         name, _, rest = name.partition(":")
@@ -131,7 +131,7 @@ def _normalise(room: str, text: str) -> str:
     return name.replace("-", "_") + paren + rest
 
 
-def _is_code(text: str) -> bool:
+def is_code(text: str) -> bool:
     """``folder/file.py:Net``, ``package.module:function``, ``module:Net``, as opposed to ``run:ID`` or ``lenet(…)``."""
     where, _, name = text.rpartition(":")
     first = text.partition(":")[0].replace("-", "_").strip()

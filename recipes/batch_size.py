@@ -3,6 +3,16 @@
 Blocks of consecutive images, spread over the set, are cut into batches of each size, so that every size is asked about
 the same images. Labels are inferred from each gradient. Batches are taken from a set in mixed order: `mnist5k` is
 sorted by class, and in a batch of one class there is nothing to tell apart.
+
+Measured (16 digits, sigmoid LeNet, labels inferred, all right): median PSNR 107.6, 102.6, 55.5 and 51.5 dB at batches of 1,
+2, 4 and 8, of which 16, 14, 13 and 13 of 16 images are rebuilt. A grey batch of 8 has more equations than pixels; a
+colour batch of 8 (32×32, `--model lenet --data cifar10-12k`) has fewer, and there it comes to about 15 dB.
+
+Claims:
+    batch-1 fp32 cells psnr_selected >= 80
+    batch-4 fp32 cells psnr_selected >= 35
+    batch-8 fp32 cells psnr_selected >= 30
+    batch-8 fp32 cells label_accuracy >= 0.99
 """
 
 from qleak.attacks import cells

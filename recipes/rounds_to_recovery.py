@@ -2,6 +2,16 @@
 
 Stochastic rounding to few levels, TernGrad and noise hide an image once; each round is a new draw of the same
 gradient. The first number of rounds that rebuilds an image is the channel's rounds-to-recovery.
+
+Measured (three photographs): four stochastic levels go from 11.4 dB in one round to 19.2 in 16 and 21.8 in 64, noise of
+0.1 from 14.5 to 22.7. TernGrad stays at 8 dB for all 64 rounds: its codes are almost all zero, and their mean says
+little more than their first draw.
+
+Claims:
+    rounds(channel=chain(stochastic(levels=4)), times=1) adaptive psnr_selected <= 14
+    rounds(channel=chain(stochastic(levels=4)), times=64) adaptive psnr_selected >= 19
+    rounds(channel=chain(terngrad), times=64) adaptive psnr_selected <= 11
+    rounds(channel=chain(gaussian(sigma=0.1, unbounded=True)), times=64) adaptive psnr_selected >= 20
 """
 
 from qleak.attacks import adaptive

@@ -99,11 +99,12 @@ def measured(name: str, data: str, split: str, limit: int, how: Attacked) -> dic
 
 def resolve(name: str) -> tuple[Any, str]:
     """The model, and the data set its run was trained on ("" for a model that is no run's)."""
-    from qleak.catalog import build, catalog
+    from qleak.catalog import build, catalog, is_code
     from qleak.models.stored import folder_of
 
     bare = name.removeprefix("run:")
-    if name == bare and not Path(name).exists() and name.split("(")[0].replace("-", "_") in catalog("models"):
+    known = name.split("(")[0].split(":")[0].replace("-", "_") in catalog("models") or is_code(name)
+    if name == bare and not Path(name).exists() and known:
         return build("models", name), ""
     from qleak import store
 

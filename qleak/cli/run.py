@@ -137,6 +137,18 @@ def _config(argv: list[str], fn: Callable[..., Plan]) -> dict[str, Any]:
     return {k: Path(v) if k == "out" else v for k, v in values.items()}
 
 
+def _changed(plan: Any, common: Common) -> Any:
+    """The plan with the flags that every recipe has, such as --seed; in a study, every part that knows them."""
+    if parts := getattr(plan, "parts", None):
+        return replace(plan, parts=tuple(_changed(part, common) for part in parts))
+    changes = {
+        f.name: v
+        for f in fields(plan)
+        if (v := getattr(common, f.name, None)) not in (None, "", 0) or (f.name == "seed" and v == 0)
+    }
+    return replace(plan, **changes)
+
+
 def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Common) -> None:
     """Runs the plan that the flags make, or what is left of it, and shows the run folder.
 
@@ -150,12 +162,7 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
     plan = fn(**own)
     if not isinstance(plan, tuple(KINDS.values())):
         raise Expected(f"Expected {path.stem}(…) to return a plan, got {type(plan).__name__}.")
-    changes = {
-        f.name: v
-        for f in fields(plan)
-        if (v := getattr(common, f.name, None)) not in (None, "", 0) or (f.name == "seed" and v == 0)
-    }
-    plan = replace(plan, **changes)
+    plan = _changed(plan, common)
     device, workers, reasons = machine.place(common.device, common.workers)
     say = live.quiet() if common.quiet or common.json else live.Console()
     say.plan(path.stem, plan, reasons + engine.choices(plan), full=bool(own.get("full")))
