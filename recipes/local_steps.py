@@ -1,11 +1,12 @@
 """Do local steps hide images? The same images in one gradient step, and in several on ever smaller minibatches.
 
-A client of federated averaging sends the sum of K steps. `cells` simulates them; `one_gradient(cells())` is the same
-attack by one who takes the sum for a single mean gradient. The images are the same for every K: K minibatches of one
-K-th of them, and passes over single images where K is larger than their number.
+A client of federated averaging sends the sum of K steps. `any_order(cells())` simulates them, and searches for the
+order in which they saw the inferred labels; `one_gradient(cells())` takes the sum for a single mean gradient. The images
+are the same for every K: K minibatches of one K-th of them, and passes over single images where K is larger than
+their number.
 """
 
-from qleak.attacks import cells, one_gradient
+from qleak.attacks import any_order, cells, one_gradient
 from qleak.channels import identity
 from qleak.check import Expected
 from qleak.client import local_sgd
@@ -42,13 +43,14 @@ def local_steps(
     images, clients = (8, 8) if full else (images, clients)
     net, count = fitting(model, data)
     victims = spread(count, images, clients)
+    plain = cells(stages=5, steps=60, last=100)
     parts = [
         Audit(
             model=net,
             data=data,
             victims=victims,
             channels=(identity(),),
-            attacks=(cells(), one_gradient(cells())),
+            attacks=(any_order(plain) if k > 1 else plain, one_gradient(plain)),
             client=divided(k, images, lr, momentum),
             restarts=4 if full else restarts,
             wrong=1,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from qleak import engine, jobs, random, tree
-from qleak.attacks import adam, cells, inverting_gradients, one_gradient, penalties, see_through
+from qleak.attacks import adam, any_order, cells, inverting_gradients, one_gradient, penalties, see_through
 from qleak.attacks.drive import drive
 from qleak.attacks.routes import closure, pick, update_of
 from qleak.attacks.settings import STARTS
@@ -253,6 +253,22 @@ def test_the_mistaken_attacker_is_right_for_one_step_and_wrong_for_more():
     assert errors[0] < 1e-12 and errors[1] > 1e-3
     attack = one_gradient(cells(stages=1, steps=3, last=3))
     assert attack.applies(view) == "" and attack.spec.startswith("one_gradient(")
+
+
+def test_the_likeliest_order_is_kept_after_the_screen():
+    view = view_of(local_sgd(steps=3, batch=1, lr=0.5), lanes=2)
+    attack = any_order(cells(stages=1, steps=40, last=20), orders=6, screen=10)
+    start = tree.to(tree.stack([attack.draw(random.generator("s", i), view) for i in range(2)]), torch.float64)
+    assert start["order"].shape == (2, 6, 3)
+    assert all(sorted(o.tolist()) == [0, 1, 2] for o in start["order"].flatten(0, 1))
+    state = attack.init(view, start)
+    for _ in range(9):
+        state, _ = attack.step(view, state)
+    before = state.members.best_loss
+    state, _ = attack.step(view, state)
+    assert state.members.best_loss.shape == (2, 1)
+    assert torch.equal(state.members.labels[:, 0].sort(1).values, attack.read(view, state).labels.sort(1).values)
+    assert (state.members.best_loss[:, 0] <= before.amin(1)).all()
 
 
 def test_an_aggregate_is_all_a_server_sees_of_a_crowd():

@@ -13,46 +13,58 @@ from qleak.types import Attack, Guess, Info, Status, Tree
 
 
 class GroupState(NamedTuple):
-    """The members' states, `[lane member …]`, and the group's status `[lane]`."""
+    """The members' states `[lane member …]`, the group's status `[lane]`, and the number of steps taken (0-dim)."""
 
     members: Any
     status: Tensor
+    taken: Tensor
 
 
-def grouped(attack: Attack, size: int) -> Attack:
-    """`size` starts of `attack` on every lane. A lane stays one independent attack: its group never looks outside."""
+def grouped(attack: Attack, size: int, screen: int = 0) -> Attack:
+    """`size` starts of `attack` on every lane; after `screen` steps the one of lowest own loss goes on alone (0: never).
 
-    def wide(view: View) -> View:
+    A lane stays one independent attack: its group never looks outside.
+    """
+
+    def wide(view: View, members: int) -> View:
+        if members == 1:
+            return view
         lanes = torch.arange(view.lanes, device=next(iter(view.params.values())).device)
-        return view.at(lanes.repeat_interleave(size))
-
-    def fold(state: Any) -> Any:
-        return tree.nested_map(lambda v: v.unflatten(0, (-1, size)) if v.ndim else v, state)
-
-    def flat(state: Any) -> Any:
-        return tree.nested_map(lambda v: v.flatten(0, 1) if v.ndim else v, state)
+        return view.at(lanes.repeat_interleave(members))
 
     def draw(gen: Generator, view: View) -> Tree:
         return tree.stack([attack.draw(gen, view) for _ in range(size)])
 
-    def wrapped(members: Any) -> GroupState:
-        members = fold(members)
-        active = (members.status == Status.ACTIVE).any(1)
-        return GroupState(members, torch.where(active, Status.ACTIVE, members.status.amin(1)))
+    def wrapped(state: Any, members: int, taken: Tensor) -> GroupState:
+        state = tree.nested_map(lambda v: v.unflatten(0, (-1, members)) if v.ndim else v, state)
+        active = (state.status == Status.ACTIVE).any(1)
+        return GroupState(state, torch.where(active, Status.ACTIVE, state.status.amin(1)), taken)
+
+    def flat(state: GroupState) -> tuple[Any, int]:
+        return tree.nested_map(lambda v: v.flatten(0, 1) if v.ndim else v, state.members), state.members.status.shape[1]
 
     def init(view: View, start: Tree) -> GroupState:
-        return wrapped(attack.init(wide(view), {k: v.flatten(0, 1) for k, v in start.items()}))
+        state = attack.init(wide(view, size), {k: v.flatten(0, 1) for k, v in start.items()})
+        return wrapped(state, size, torch.zeros((), dtype=torch.int64))
 
     def step(view: View, state: GroupState) -> tuple[GroupState, Info]:
-        members, info = attack.step(wide(view), flat(state.members))
-        state = wrapped(members)
-        return state, Info(info.loss.unflatten(0, (-1, size)).amin(1), state.status)
+        inner, members = flat(state)
+        inner, info = attack.step(wide(view, members), inner)
+        state = wrapped(inner, members, state.taken + 1)
+        loss = info.loss.unflatten(0, (-1, members))
+        if screen and int(state.taken) == screen and members > 1:
+            best = loss.nan_to_num(torch.inf).argmin(1)
+            at = torch.arange(len(best), device=best.device)
+            kept = tree.nested_map(lambda v: v[at, best][:, None] if v.ndim else v, state.members)
+            state = GroupState(kept, kept.status[:, 0], state.taken)
+        return state, Info(loss.amin(1), state.status)
 
     def read(view: View, state: GroupState) -> Guess:
-        guess = fold(attack.read(wide(view), flat(state.members)))
-        best = guess.loss.argmin(1)
-        at = torch.arange(len(best), device=best.device)
-        path = None if guess.path is None else guess.path[at, best]
-        return Guess(guess.x[at, best], guess.labels[at, best], guess.loss[at, best], path)
+        inner, members = flat(state)
+        guess = attack.read(wide(view, members), inner)
+        best = guess.loss.unflatten(0, (-1, members)).nan_to_num(torch.inf).argmin(1)
+        at = torch.arange(len(best), device=best.device) * members + best
+        path = None if guess.path is None else guess.path[at]
+        return Guess(guess.x[at], guess.labels[at], guess.loss[at], path)
 
     return Attack(draw, init, step, read, attack.steps, attack.applies, attack.papers, attack.prior, attack.restarts)

@@ -68,6 +68,8 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         start = {"x": STARTS[settings.start](gen, (view.client.batch, *view.model.shape))}
         if settings.labels == "joint":
             start["logits"] = random.normal(gen, (view.client.batch, view.model.classes))
+        elif view.client.steps > 1:  # which step saw which label is anybody's guess
+            start["order"] = random.permutation(gen, view.client.batch).float()
         if settings.langevin:
             start["key"] = random.integers(gen, 2**24, (1,)).float()  # a float32 holds it exactly
         return start
@@ -86,6 +88,8 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         else:
             unit = x.new_ones(len(x), 1)
         inferred = None if settings.labels == "joint" else labels.infer(view, settings.rule)
+        if inferred is not None and "order" in start:
+            inferred = inferred.gather(1, start["order"].to(torch.int64))
         lane = x.new_zeros(len(x))
         count = torch.zeros(len(x), dtype=torch.int64, device=x.device)
         known = inferred if inferred is not None else count[:, None].expand(-1, view.client.batch).clone()

@@ -1,4 +1,4 @@
-"""An attacker who is mistaken about the client: the control that says what simulating local steps is worth."""
+"""Updates of several local steps: the order of their images searched for, or the steps mistaken for one."""
 
 from __future__ import annotations
 
@@ -7,9 +7,29 @@ from dataclasses import replace
 from torch import Generator
 
 from qleak.attacks.cells import cells
+from qleak.attacks.group import grouped
 from qleak.catalog import factory
+from qleak.check import at_least, whole
 from qleak.client import View, as_one_gradient
 from qleak.types import Attack, Tree
+
+
+@factory
+def any_order(attack: Attack | None = None, orders: int = 24, screen: int = 25) -> Attack:
+    """`attack` (`cells()` by default) from several random orders of the inferred labels; the likeliest goes on alone.
+
+    The update tells which labels a client holds, not which of its steps saw them. An order that is wrong cannot
+    explain the update, which shows in the own loss after a few closures. Simulating the steps is
+    Geiping et al. (2020), section 5.2, where labels and order are given.
+
+    Args:
+        attack: what to run, simulating the client's steps.
+        orders: orders tried.
+        screen: closures after which the one of lowest own loss is kept.
+    """
+    whole(orders=orders, screen=screen)
+    at_least(1, orders=orders, screen=screen)
+    return grouped(attack or cells(), orders, screen)
 
 
 @factory
