@@ -4,6 +4,17 @@ A client of federated averaging sends the sum of K steps. `any_order(cells())` s
 order in which they saw the inferred labels; `one_gradient(cells())` takes the sum for a single mean gradient. The images
 are the same for every K: K minibatches of one K-th of them, and passes over single images where K is larger than
 their number.
+
+Measured (8 digits of two clients, labels and order unknown): no, for one who simulates them. Median PSNR 50.1 dB for one
+step (7 of 8 rebuilt), 69.4 for two (8 of 8), 45.4 for four (8 of 8), 25.9 for eight in two passes (4 of 8); several steps
+are several looks. One who takes the sum for a gradient has 5.9, 4.6 and 4.8 dB, less than without any evidence.
+
+Claims:
+    steps-1 fp32 cells psnr_selected >= 33
+    steps-2 fp32 any_order psnr_selected >= 50
+    steps-4 fp32 any_order psnr_selected >= 35
+    steps-2 fp32 one_gradient psnr_selected <= 10
+    steps-4 fp32 one_gradient psnr_selected <= 10
 """
 
 from qleak.attacks import any_order, cells, one_gradient

@@ -43,8 +43,10 @@ def place(line: dict) -> str:
 
 def arm(line: dict) -> str:
     """What a line of a summary is about, as claims name it; "" for a control."""
+    if "front" in line:  # its "control" is a number: the strongest one of that channel
+        return "study"
     if "control" not in line:
-        return "study" if "front" in line else "training"
+        return "training"
     name = line["attack"].split("(")[0] if line["control"] == "none" else ""
     return f"round-{line['round']}.{name}" if name and "round" in line else name
 

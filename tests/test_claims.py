@@ -37,11 +37,14 @@ def test_claims_are_read_and_checked(verify):
 def test_claims_about_trainings_studies_and_rounds(verify):
     summary = [
         {"channel": "sign", "n": 3, "test_accuracy": 0.8},
-        {"channel": "sign", "front": True, "psnr": 15.0, "test_accuracy": 0.8},
+        {"channel": "sign", "front": True, "psnr": 15.0, "test_accuracy": 0.8, "control": 9.5, "attack": "cells"},
         {"channel": "sign", "attack": "dlg(outer=3)", "control": "none", "round": 500, "psnr_selected": 7.0},
         {"channel": "sign", "attack": "dlg(outer=3)", "control": "none", "round": 1, "psnr_selected": 30.0},
     ]
     doc = "Claims:\n    sign training test_accuracy >= 0.7\n    sign study psnr <= 16\n    sign round-500.dlg psnr_selected <= 8\n"
+    side = [{"part": "batch-4", "channel": "sign", "attack": "cells", "control": "none", "psnr_selected": 33.0}]
+    (claim,) = verify.claims("Claims:\n    batch-4 sign cells psnr_selected >= 30\n")
+    assert verify.check(claim, side) == (True, 33.0) and not verify.check(claim, summary)[0]
     assert [verify.check(c, summary) for c in verify.claims(doc)] == [(True, 0.8), (True, 15.0), (True, 7.0)]
 
 
@@ -49,7 +52,7 @@ def test_claims_about_trainings_studies_and_rounds(verify):
 UNMEASURED = {
     "attack_race", "label_inference",
     "dlg_mnist", "dlg_cifar10", "dlg_cifar100", "idlg_mnist", "idlg_cifar10", "idlg_cifar100", "idlg_lfw",
-    "local_steps", "trained_vs_untrained", "architectures", "inverting_gradients_cifar10",
+    "trained_vs_untrained", "architectures", "inverting_gradients_cifar10",
     "batchnorm_prior",
 }  # fmt: skip
 
