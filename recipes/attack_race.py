@@ -2,6 +2,14 @@
 
 The figure shows PSNR over seconds. What an attack holds at a moment is its iterate of lowest own loss; attacks that are
 done early keep what they have.
+
+Measured (exact gradient, two photographs, 40 CPU seconds each): closed_form 99 dB after 7 s, refine 69, cells 46 after 19 s,
+levenberg_marquardt 41, idlg 38, dlg 21, modern 19, inverting_gradients 13, cpl 11, see_through 8. Before the closed form
+is done, `cells` leads from the first second on.
+
+Claims:
+    fp32 closed_form psnr_selected >= 90
+    fp32 cells psnr_selected >= 35
 """
 
 from qleak.catalog import build, several

@@ -235,6 +235,7 @@ def test_bad_arguments_are_one_line(make, text):
 def test_an_unknown_objective_is_one_line(objective):
     view, *_ = scene(LENET.format(4))
     with pytest.raises(
-        Expected, match=f"^Expected objective='{objective}' to be one of: cells, cosine, graded, l2, straight_through, weighted"
+        Expected,
+        match=f"^Expected objective='{objective}' to be one of: cells, cosine, graded, l2, straight_through, weighted",
     ):
         attacked(cells(objective=objective), view)

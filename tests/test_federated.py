@@ -230,7 +230,9 @@ def test_one_local_step_at_rate_one_is_a_gradient_step():
 
 def test_local_sgd_is_a_client_like_any_other():
     made = build("clients", "local_sgd(steps=3, lr=0.5)")
-    assert made.spec == "local_sgd(steps=3, epochs=0, batch=10, lr=0.5, momentum=0.0)" and "local_sgd" in catalog("clients")
+    assert made.spec == "local_sgd(steps=3, epochs=0, batch=10, lr=0.5, momentum=0.0)" and "local_sgd" in catalog(
+        "clients"
+    )
     for text, message in {"local_sgd(0)": "steps=0 >= 1", "local_sgd(lr=0)": "lr=0 > 0"}.items():
         with pytest.raises(Expected, match=message):
             build("clients", text)
