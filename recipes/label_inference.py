@@ -4,6 +4,14 @@ No image is rebuilt: every rule of `qleak.attacks.labels` reads the last layer's
 in labels. `label_accuracy` counts single labels, `counts_exact` batches whose counts are all right. Images of a batch
 follow each other in the data set, so batches are taken from sets in mixed order; `mnist5k`, the default for one image,
 is sorted by class.
+
+Measured (100 single digits, untrained sigmoid LeNet): every rule finds every label on exact gradients and on 256, 16 and 4
+levels. Batches: docs/labels.md.
+
+Claims:
+    fp32 reveal label_accuracy >= 0.99
+    uniform(levels=16) reveal label_accuracy >= 0.99
+    uniform(levels=4) reveal label_accuracy >= 0.95
 """
 
 import torch

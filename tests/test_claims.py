@@ -50,7 +50,6 @@ def test_claims_about_trainings_studies_and_rounds(verify):
 
 # Built, tried at small size, and not measured at its default size yet: no number, no claim.
 UNMEASURED = {
-    "label_inference",
     "dlg_mnist", "dlg_cifar10", "dlg_cifar100", "idlg_mnist", "idlg_cifar10", "idlg_cifar100", "idlg_lfw",
     "trained_vs_untrained", "architectures", "inverting_gradients_cifar10",
     "batchnorm_prior",
