@@ -5,6 +5,10 @@ channel that federated systems use, under `dlg` (the decoded numbers taken at fa
 `adaptive` (codes read as intervals, coins and noise by their spread, the prior's weight chosen without the truth, 500
 closures). What protects is randomness, not coarseness: four levels rounded by a coin hide more than one bit of sign.
 
+These numbers were measured before `adaptive` read fine grids as numbers with small errors and allowed half the overfit
+when it chooses the prior's weight. Since then four of the photographs gave (`attackers`): 256 levels 1.7 dB more, with a
+coin 0.6 more, a coin of 16 levels 0.7 less, noise of 0.01 the same.
+
 Claims:
     uniform(levels=256) adaptive psnr_selected >= 30
     uniform(levels=120) adaptive psnr_selected >= 27
