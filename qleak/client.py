@@ -180,6 +180,11 @@ def crowd(client: Client | None = None, clients: int = 4) -> Client:
     return _client(respond, 1, clients * client.batch, clients, client.steps, client.part, client.scale)
 
 
+def is_gradient(client: Client) -> bool:
+    """Whether an update is `scale` times one gradient of all its images: no rows, one step."""
+    return not client.rows and client.steps == 1
+
+
 def as_one_gradient(client: Client) -> Client:
     """The client as an attacker sees it who takes its update for `scale` times one mean gradient of all images."""
     scale = client.scale

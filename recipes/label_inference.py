@@ -14,16 +14,13 @@ Claims:
     uniform(levels=4) reveal label_accuracy >= 0.95
 """
 
-import torch
-
-from qleak import data as sets
 from qleak.attacks import reveal
 from qleak.attacks.labels import RULES
-from qleak.catalog import build, several
-from qleak.check import Expected, at_least, whole
+from qleak.catalog import several
+from qleak.check import at_least, whole
 from qleak.client import gradient
 from qleak.plans import Audit
-from qleak.types import Model
+from qleak.plans.victims import fitting, mixed, spread
 
 CHANNELS = (
     "chain()",
@@ -58,13 +55,12 @@ def label_inference(
     whole(batch=batch, victims=victims)
     at_least(1, batch=batch, victims=victims)
     data = data if data != "auto" else "mnist5k" if batch == 1 else "mnist"
-    images = sets.load(data)
-    victims = 1000 if full else victims
-    places = spread(len(images.x), batch, victims)
+    net, count = fitting(model, data)
+    places = spread(count, batch, 1000 if full else victims)
     if batch > 1:
-        mixed(images.y, places, batch, data)
+        mixed(data, places, batch)
     return Audit(
-        model=fitting(model, tuple(images.x.shape[1:]), images.classes),
+        model=net,
         data=data,
         victims=places,
         channels=several("channels", channels, CHANNELS),
@@ -73,35 +69,3 @@ def label_inference(
         controls=0,
         chunk=100,
     )
-
-
-def fitting(model: str, shape: tuple[int, ...], classes: int) -> Model:
-    """The model by name, or a LeNet for images of this shape."""
-    channels, size, _ = shape
-    return build("models", model if model != "auto" else f"lenet(channels={channels}, size={size}, classes={classes})")
-
-
-def spread(images: int, batch: int, victims: int) -> tuple[int, ...]:
-    """Where the batches begin: evenly over the set, so that a sorted one gives every class its turn.
-
-    Raises:
-        Expected: more images are asked for than there are.
-    """
-    if victims * batch > images:
-        raise Expected(f"Expected victims={victims} batches of {batch} in {images} images.")
-    return tuple(i * images // victims for i in range(victims))
-
-
-def mixed(y: torch.Tensor, places: tuple[int, ...], batch: int, data: str) -> None:
-    """Refuses a set whose batches are mostly of one class: counting one class shows nothing.
-
-    Raises:
-        Expected: more than half of the batches hold a single class.
-    """
-    alone = sum(bool((y[i : i + batch] == y[i]).all()) for i in places)
-    # Two images agree by chance now and then; half of the batches do only where the set is sorted.
-    if alone > len(places) / 2:
-        raise Expected(
-            f"Expected data={data!r} in mixed order for batches of {batch}: {alone} of {len(places)} hold one class. "
-            "Try mnist, fashion_mnist or cifar10-12k."
-        )

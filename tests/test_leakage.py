@@ -8,7 +8,16 @@ import torch
 import torch.nn.functional as F
 
 from qleak import engine, jobs, random, tree
-from qleak.attacks import adam, any_order, cells, inverting_gradients, one_gradient, penalties, see_through
+from qleak.attacks import (
+    adam,
+    any_order,
+    cells,
+    inverting_gradients,
+    levenberg_marquardt,
+    one_gradient,
+    penalties,
+    see_through,
+)
 from qleak.attacks.drive import drive
 from qleak.attacks.routes import closure, pick, update_of
 from qleak.attacks.settings import STARTS
@@ -222,6 +231,19 @@ def test_one_local_step_is_a_scaled_gradient_on_every_route():
     for found in values.values():
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b * 0.05**2, atol=1e-12, rtol=1e-8)
+
+
+@pytest.mark.parametrize("attack", [cells(steps=4), levenberg_marquardt(steps=4)], ids=["cells", "levenberg_marquardt"])
+def test_the_length_of_one_local_step_changes_nothing(attack):
+    """The evidence is relative, so lr·∇ must be attacked as ∇ is; an update simulated without lr would be far off."""
+    found = []
+    for client in (gradient(2), local_sgd(steps=1, batch=2, lr=0.05)):
+        view = view_of(client)
+        state = attack.init(view, tree.to(tree.stack([attack.draw(random.generator("s"), view)]), torch.float64))
+        for _ in range(4):
+            state, _ = attack.step(view, state)
+        found.append(state.x)
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=1e-3)
 
 
 def test_several_steps_are_simulated_and_their_derivative_is_right():

@@ -6,7 +6,7 @@ from qleak.attacks.adam import adam, sign_adam
 from qleak.attacks.lbfgs import lbfgs
 from qleak.attacks.match import matching
 from qleak.attacks.objectives import OBJECTIVES
-from qleak.attacks.settings import STARTS, Settings
+from qleak.attacks.settings import DRAWN, Settings
 from qleak.catalog import factory
 from qleak.check import at_least, between, one_of, positive, whole
 from qleak.types import Attack
@@ -66,7 +66,7 @@ def cells(
         lr: step length of the optimizer.
         route: derivative route, see `qleak.attacks.routes`.
     """
-    one_of([s for s in STARTS if s != "solved"], start=start)
+    one_of(DRAWN, start=start)
     settings = _settings(
         weight, fade, stages, steps, last, gain=gain, path=path, objective=objective, labels=labels, slack=slack,
         start=start, optimizer=optimizer, lr=lr, route=route,

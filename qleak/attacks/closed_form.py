@@ -26,7 +26,7 @@ from qleak import tree
 from qleak.attacks import labels, layer_systems
 from qleak.catalog import factory
 from qleak.check import Expected, positive
-from qleak.client import View
+from qleak.client import View, is_gradient
 from qleak.models.layers import ACTIVATIONS, INVERSES, apply_layer
 from qleak.types import Attack, Guess, Info, Layer, Params, Status, Tree
 
@@ -60,7 +60,7 @@ def closed_form(ridge: float = 1e-10) -> Attack:
     positive(ridge=ridge)
 
     def applies(view: View) -> str:
-        if view.client.batch != 1 or view.client.rows:
+        if view.client.batch != 1 or not is_gradient(view.client):
             return "needs the gradient of one image."
         return refuse(view.model.layers)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qleak.attacks.lbfgs import lbfgs
 from qleak.attacks.match import matching
-from qleak.attacks.settings import STARTS, Settings
+from qleak.attacks.settings import DRAWN, Settings
 from qleak.catalog import factory
 from qleak.check import at_least, one_of, positive, whole
 from qleak.types import Attack
@@ -28,7 +28,7 @@ def cpl(outer: int = 300, inner: int = 20, lr: float = 1.0, task: float = 1.0, s
     at_least(1, outer=outer, inner=inner)
     at_least(0, task=task)
     positive(lr=lr)
-    one_of([s for s in STARTS if s != "solved"], start=start)
+    one_of(DRAWN, start=start)
     settings = Settings(
         "l2", lbfgs(100, armijo=False, lr=lr), "inferred", steps=(outer * inner,), start=start, clamp=True,
         penalties=(("task", task),) if task else (), factor=0.5, tolerance=1e-9,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qleak.attacks.adam import adam
 from qleak.attacks.match import matching
 from qleak.attacks.objectives import OBJECTIVES
-from qleak.attacks.settings import STARTS, Settings
+from qleak.attacks.settings import DRAWN, Settings
 from qleak.catalog import factory
 from qleak.check import at_least, one_of, positive, whole
-from qleak.types import Attack
+from qleak.types import Attack, Optimizer
 
 GEIPING = "Geiping, Bauermeister, Dröge, Moeller. Inverting Gradients. NeurIPS 2020."
 
@@ -105,7 +107,7 @@ def see_through(
     optimizer = adam(lr, schedule="cosine", total=steps, warmup=warmup)
     made = _settings("l2", optimizer, steps, "normal", **weights, rule=rule, group=group, langevin=langevin)
     papers = ("Yin, Mallya, Vahdat, Alvarez, Kautz, Molchanov. See through Gradients. CVPR 2021.",)
-    return matching(Settings(**{**vars(made), "factor": 0.5 * factor}), papers)
+    return matching(replace(made, factor=0.5 * factor), papers)
 
 
 def _checked(steps: int, lr: float, objective: str, start: str, **weights: float) -> None:
@@ -114,12 +116,12 @@ def _checked(steps: int, lr: float, objective: str, start: str, **weights: float
     positive(lr=lr)
     at_least(0, **weights)
     one_of(OBJECTIVES, objective=objective)
-    one_of([s for s in STARTS if s != "solved"], start=start)
+    one_of(DRAWN, start=start)
 
 
 def _settings(
     objective: str,
-    optimizer,
+    optimizer: Optimizer,
     steps: int,
     start: str,
     *,

@@ -21,7 +21,7 @@ from qleak.attacks.label_rules import (
 from qleak.attacks.label_rules import idlg as idlg_batch
 from qleak.attacks.label_seen import seen, why_not
 from qleak.check import one_of
-from qleak.client import View
+from qleak.client import View, is_gradient
 from qleak.types import Tree
 
 
@@ -67,6 +67,21 @@ def blind(view: View) -> bool:
 def readable(view: View) -> bool:
     """Whether the output error can be read off the message: all of it there, in more than two bits."""
     return not blind(view) and view.channel.upto(view.leg).facts().width > 2
+
+
+def one_error(view: View) -> bool:
+    """Whether the last bias gradient is the output error of one image: one gradient of it, of a net that has one."""
+    bias = last_bias(view.params, view.model.classes)
+    return view.client.batch == 1 and is_gradient(view.client) and bias is not None
+
+
+def error_in_units(view: View, slack: float) -> tuple[Tensor, Tensor]:
+    """(unit `[lane 1]`, decoded output error in that unit `[lane class]`): a unit is `slack` of the error's norm."""
+    bias = last_bias(view.decoded(), view.model.classes)
+    assert bias is not None
+    bias = bias / view.client.scale
+    unit = slack * bias.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    return unit, bias / unit
 
 
 RULES = {

@@ -78,15 +78,10 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         if settings.start == "solved" and view.evidence:
             start = {**start, "x": solve_lanes(view)[0].clamp(0, 1).to(start["x"])}
         x = torch.cat([start[k].flatten(1) for k in ("x", "logits") if k in start], 1)
-        decoded = view.decoded()
+        unit = x.new_ones(len(x), 1)
         if given(view) == "errors":
-            bias = labels.last_bias(decoded, view.model.classes)
-            assert bias is not None
-            bias = bias / view.client.scale
-            unit = settings.slack * bias.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-            x = torch.cat([x, bias / unit], 1)
-        else:
-            unit = x.new_ones(len(x), 1)
+            unit, error = labels.error_in_units(view, settings.slack)
+            x = torch.cat([x, error], 1)
         inferred = None if settings.labels == "joint" else labels.infer(view, settings.rule)
         if inferred is not None and "order" in start:
             inferred = inferred.gather(1, start["order"].to(torch.int64))
@@ -109,8 +104,7 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
 
     def given(view: View) -> str:
         wanted = settings.labels == "errors" or (settings.labels == "auto" and labels.readable(view))
-        known = wanted and view.client.batch == 1 and not view.client.rows and view.client.steps == 1
-        return "errors" if known and labels.last_bias(view.params, view.model.classes) is not None else "labels"
+        return "errors" if wanted and labels.one_error(view) else "labels"
 
     def split(view: View, state: MatchState) -> tuple[Tensor, Tensor]:
         """Images, and what is given to the loss: label probabilities or output errors `[lane b class]`."""
@@ -165,19 +159,12 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         return state, Info(state.best_loss, state.status)
 
     def excess(view: View, state: MatchState) -> Tensor:
-        """By what share the best guess is expected to miss the best fit, `[lane]`; 0 where the message is exact.
-
-        n errors and p free pixels: the truth misses it by p/(n − p). The best prior weight leaves about half of the
-        pixels free and so fits half as much of the noise.
-        """
+        """See `objectives.excess`; 0 where the prior's weight means nothing."""
         if not (settings.relative and view.evidence and objectives.is_noisy(view, settings.objective)):
             return torch.zeros_like(state.size)
         images, target = split(view, state._replace(x=state.best_x))
         update = vmap(lambda x, t: routes.update_of(view, x, t, given(view)))(images, target)
-        count = objectives.effective(view, update, state.goal)
-        pixels = torch.Size(images.shape[1:]).numel()
-        noisy = objectives.is_point(state.goal) if isinstance(state.goal, objectives.Box) else count > 0
-        return torch.where(noisy, 0.5 * pixels / (count - pixels).clamp(min=1), 0)
+        return objectives.excess(view, update, state.goal, images[0].numel())
 
     def read(view: View, state: MatchState) -> Guess:
         state = stages.recorded(state, torch.ones_like(state.status, dtype=torch.bool))

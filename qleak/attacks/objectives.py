@@ -125,6 +125,17 @@ def effective(view: View, update: Tree, goal: Box) -> Tensor:
     return max(laws) * total.square() / fourth.clamp(min=1e-38)
 
 
+def excess(view: View, update: Tree, goal: Any, pixels: int) -> Tensor:
+    """By what share the best guess is expected to miss the best fit, `[lane]`; 0 where a lane's message is exact.
+
+    n errors and p free pixels: the truth misses it by p/(n − p). The best prior weight leaves about half of the
+    pixels free and so fits half as much of the noise.
+    """
+    count = effective(view, update, goal)
+    noisy = is_point(goal) if isinstance(goal, Box) else count > 0
+    return torch.where(noisy, 0.5 * pixels / (count - pixels).clamp(min=1), 0)
+
+
 def size(view: View, kind: str, goal: Any) -> Tensor:
     """The misfit of an update of zero, `[lane]`, so that evidence runs from 1 to 0 on every net and channel."""
     kind = _resolved(view, kind)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from qleak import client as clients
+from qleak.attacks.priors import differences
 from qleak.client import View
 
 Penalty = Callable[[View, Tensor, Tensor, int], Tensor]
@@ -16,7 +17,7 @@ Penalty = Callable[[View, Tensor, Tensor, int], Tensor]
 
 def variation(view: View, x: Tensor, target: Tensor, group: int) -> Tensor:
     """mean|Δx| + mean|Δy|, without a soft corner (Geiping et al. 2020, equation 4). `[lane b c h w] -> [lane]`."""
-    return sum((d.abs().flatten(1).mean(1) for d in _differences(x)), x.new_zeros(len(x)))
+    return sum((d.abs().flatten(1).mean(1) for d in differences(x)), x.new_zeros(len(x)))
 
 
 def double_opponents(view: View, x: Tensor, target: Tensor, group: int) -> Tensor:
@@ -85,8 +86,3 @@ def consistency(view: View, x: Tensor, target: Tensor, group: int) -> Tensor:
 PENALTIES: dict[str, Penalty] = {
     f.__name__: f for f in (variation, double_opponents, norm, statistics, task, consistency)
 }
-
-
-def _differences(x: Tensor) -> list[Tensor]:
-    both = (x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :])
-    return [d for d in both if d.numel()]

@@ -12,8 +12,13 @@ def total_variation(x: Tensor, soft: float = 1e-3) -> Tensor:
     The soft corner keeps the gradient Lipschitz, which L-BFGS needs. Rudin, Osher, Fatemi (1992);
     as a prior of gradient inversion: Geiping et al. (2020). `[b c h w] -> []`.
     """
-    dx, dy = x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :]
-    return sum(((d.square() + soft**2).sqrt() - soft).mean() for d in (dx, dy) if d.numel()) + x.new_zeros(())
+    return sum(((d.square() + soft**2).sqrt() - soft).mean() for d in differences(x)) + x.new_zeros(())
+
+
+def differences(x: Tensor) -> list[Tensor]:
+    """Δx and Δy between neighbouring pixels, without a direction of one pixel. `[… h w]`."""
+    both = (x[..., :, 1:] - x[..., :, :-1], x[..., 1:, :] - x[..., :-1, :])
+    return [d for d in both if d.numel()]
 
 
 def box(x: Tensor) -> Tensor:

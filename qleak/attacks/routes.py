@@ -33,7 +33,7 @@ FORWARD_FROM = 128
 
 def pick(model: Model, client: Client, lanes: int) -> tuple[str, str]:
     """The route for so many lanes, and the reason, for the terminal."""
-    if client.rows or client.steps > 1:
+    if not clients.is_gradient(client):
         return "double", "the update is not one gradient"
     if structured.supports(model.layers):
         return "structured", "the model declares its layers"
@@ -49,7 +49,7 @@ def closure(view: View, objective: Objective, route: str = "auto", given: str = 
     """
     one_of(ROUTES, route=route)
     known = pick(view.model, view.client, view.lanes)[0]
-    name = known if route == "auto" or view.client.rows or view.client.steps > 1 else route
+    name = known if route == "auto" or not clients.is_gradient(view.client) else route
     if name == "structured":
         return _structured(view, objective, given)
     one = _double(view, objective, given) if name == "double" else _forward(view, objective, given)
@@ -60,6 +60,19 @@ def closure(view: View, objective: Objective, route: str = "auto", given: str = 
 def update_of(view: View, x: Tensor, target: Tensor, given: str = "labels") -> Tree:
     """What the client would compute from images `[b c h w]` with label probabilities (or errors) `[b class]`."""
     return view.client.respond(clients.slope(view.model, view.buffers, given), view.params, x, target)
+
+
+def updates(view: View, x: Tensor, target: Tensor, given: str = "labels") -> Tree:
+    """`update_of` for all lanes, `x [lane b c h w]`: by explicit formulas where `pick` takes them, else under `vmap`."""
+    if pick(view.model, view.client, view.lanes)[0] == "structured":
+        return _explicit(view, x, target, given)
+    return vmap(lambda x, t: update_of(view, x, t, given), randomness="error")(x, target)
+
+
+def _explicit(view: View, x: Tensor, target: Tensor, given: str) -> Tree:
+    assert view.model.layers is not None
+    update = structured.lane_gradients(view.model.layers, view.params, x, target, given)
+    return update if view.client.scale == 1 else {k: v * view.client.scale for k, v in update.items()}
 
 
 def _double(view: View, objective: Objective, given: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
@@ -88,14 +101,9 @@ def _forward(view: View, objective: Objective, given: str) -> Callable[..., tupl
 
 
 def _structured(view: View, objective: Objective, given: str) -> Closure:
-    layers = view.model.layers
-    assert layers is not None
-
     def every(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, target = x.detach().requires_grad_(), target.detach().requires_grad_()
-        update = structured.lane_gradients(layers, view.params, x, target, given)
-        if view.client.scale != 1:
-            update = {k: v * view.client.scale for k, v in update.items()}
+        update = _explicit(view, x, target, given)
         value, slope = value_and_slope(objective, {k: v.detach() for k, v in update.items()}, goal)
         dx, dt = torch.autograd.grad(list(update.values()), [x, target], [slope[k] for k in update])
         return value, dx, dt

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.func import vmap
 
 from qleak import random, tree
-from qleak.attacks import gauss_newton, labels, objectives, priors, routes, stages, structured
+from qleak.attacks import gauss_newton, labels, objectives, priors, routes, stages
 from qleak.attacks.drive import lanes_at
 from qleak.catalog import factory
 from qleak.check import at_least, between, one_of, positive, whole
@@ -117,10 +117,8 @@ def levenberg_marquardt(
         x = begin["x"].flatten(1)
         unit = x.new_ones(len(x), 1)
         if _given(view) == "errors":
-            bias = labels.last_bias(view.decoded(), view.model.classes)
-            assert bias is not None
-            unit = slack * bias.norm(dim=-1, keepdim=True).clamp(min=1e-30)
-            x = torch.cat([x, bias / unit], 1)
+            unit, error = labels.error_in_units(view, slack)
+            x = torch.cat([x, error], 1)
         known = labels.infer(view)
         assert known is not None
         lane = x.new_zeros(len(x))
@@ -230,8 +228,7 @@ pick, fading = stages.pick, stages.weights  # the factory's own `stages` is a nu
 
 
 def _given(view: View) -> str:
-    known = view.client.batch == 1 and not view.client.rows and labels.readable(view)
-    return "errors" if known and labels.last_bias(view.params, view.model.classes) is not None else "labels"
+    return "errors" if labels.readable(view) and labels.one_error(view) else "labels"
 
 
 def _images(view: View, x: Tensor) -> Tensor:
@@ -245,9 +242,7 @@ def _tree(view: View, state: MarquardtState, x: Tensor) -> Tree:
     errors = given == "errors"
     rest = (state.unit * x[:, images[0].numel() :])[:, None]
     target = rest if errors else one_hot(state.labels, view.model.classes, x.dtype)
-    if routes.pick(view.model, view.client, view.lanes)[0] == "structured" and view.model.layers is not None:
-        return structured.lane_gradients(view.model.layers, view.params, images, target, given)
-    return vmap(lambda x, t: routes.update_of(view, x, t, given), randomness="error")(images, target)
+    return routes.updates(view, images, target, given)
 
 
 def _update(view: View, state: MarquardtState, x: Tensor) -> Tensor:
@@ -267,13 +262,12 @@ def _prior(images: Tensor, weight: Tensor) -> Tensor:
 
 
 def _excess(view: View, state: MarquardtState) -> Tensor:
-    """By what share the truth is expected to miss the best fit, `[lane]`; 0 where the message is exact."""
+    """See `objectives.excess`; 0 where the message is exact."""
     if not (view.evidence and objectives.is_noisy(view, "cells")):
         return torch.zeros_like(state.size)
     with torch.no_grad():
-        count = objectives.effective(view, _tree(view, state, state.x), state.goal)
-    pixels = view.client.batch * torch.Size(view.model.shape).numel()
-    return pixels / (count - pixels).clamp(min=1)
+        update = _tree(view, state, state.x)
+    return objectives.excess(view, update, state.goal, view.client.batch * torch.Size(view.model.shape).numel())
 
 
 def _recorded(state: MarquardtState, evidence: Tensor) -> MarquardtState:

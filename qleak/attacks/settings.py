@@ -33,6 +33,9 @@ STARTS: dict[str, random.Draw] = {
     "patterned16": patterned(16),
 }
 
+DRAWN = tuple(name for name in STARTS if name != "solved")
+"""The starts that look at no message."""
+
 
 @dataclass(frozen=True)
 class Settings:

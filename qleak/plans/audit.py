@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from qleak.catalog import short
 from qleak.channels import Channel
 from qleak.check import Expected, at_least, between, one_of, positive, whole
-from qleak.client import gradient
+from qleak.client import gradient, is_gradient
 from qleak.plans.base import Written, label, later, ranges
 from qleak.types import Attack, Client, Model
 
@@ -99,7 +99,7 @@ class Audit(Written):
             raise Expected(f"Expected victims={self.victims} at least {self.client.batch} apart, the batch size.")
         for grant in self.grants:
             one_of(GRANTS, grants=grant)
-        if "statistics" in self.grants and (self.model.statistics is None or self.client.rows or self.client.steps > 1):
+        if "statistics" in self.grants and (self.model.statistics is None or not is_gradient(self.client)):
             raise Expected(
                 'Expected grants="statistics" of a model with batch norm and one gradient step: '
                 f"{short(self.model.spec)}, {short(self.client.spec)}."

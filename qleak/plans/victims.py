@@ -155,3 +155,19 @@ def fitting(model: str, data: str) -> tuple[Model, int]:
             f"got {shape} and {images.classes}."
         )
     return net, len(images.x)
+
+
+def mixed(data: str, places: Sequence[int], batch: int) -> None:
+    """Refuses a set whose batches are mostly of one class: counting one class shows nothing.
+
+    Raises:
+        Expected: more than half of the batches hold a single class.
+    """
+    y = sets.load(data).y
+    alone = sum(bool((y[i : i + batch] == y[i]).all()) for i in places)
+    # Two images agree by chance now and then; half of the batches do only where the set is sorted.
+    if alone > len(places) / 2:
+        raise Expected(
+            f"Expected data={data!r} in mixed order for batches of {batch}: {alone} of {len(places)} hold one class. "
+            "Try mnist, fashion_mnist or cifar10-12k."
+        )
