@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qleak.cli import recipes
+from qleak.cli.epsilon import epsilon
 from qleak.cli.evaluate import evaluate
 
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -19,6 +20,7 @@ sets = typer.Typer(help="Data sets: what is here, and how to get the rest.", **P
 app.add_typer(recipe, name="recipe")
 app.add_typer(sets, name="data")
 app.command()(evaluate)
+app.command()(epsilon)
 
 Name = Annotated[str, typer.Argument(help="A recipe's name, or ./a_file.py.", autocompletion=recipes.names)]
 
