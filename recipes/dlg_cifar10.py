@@ -2,6 +2,14 @@
 
 Zhu, Liu, Han (NeurIPS 2019): image and soft label are optimised together, from standard normal noise, until their
 gradient is the one that was shared. The net is the papers' LeNet with weights U(−0.5, 0.5) and ten classes.
+
+Measured (the first sixteen photographs, one start each, 60×20 closures): dlg has 18.9 dB on average and rebuilds 9 of
+16, idlg 19.2 dB and 8; every label is found.
+
+Claims (--data cifar10-12k --index 0:16 --both):
+    fp32 dlg psnr_selected >= 17
+    fp32 idlg psnr_selected >= 17
+    fp32 idlg label_accuracy >= 0.99
 """
 
 from qleak.attacks import dlg, idlg

@@ -2,6 +2,12 @@
 
 Zhu, Liu, Han (NeurIPS 2019): image and soft label are optimised together, from standard normal noise, until their
 gradient is the one that was shared. The net is the papers' LeNet with weights U(−0.5, 0.5).
+
+Measured (image 25, one start, 60×20 closures): 80 dB, label right.
+
+Claims:
+    fp32 dlg psnr_selected >= 40
+    fp32 dlg label_accuracy >= 0.99
 """
 
 from qleak.attacks import dlg, idlg

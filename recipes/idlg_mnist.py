@@ -2,6 +2,12 @@
 
 Zhao, Mopuri, Bilen (2020): the label is read off the last layer's gradient first, then the image is optimised with it
 fixed, from standard normal noise. The net is the papers' LeNet with weights U(−0.5, 0.5).
+
+Measured (image 25, one start, 60×20 closures): 76 dB.
+
+Claims:
+    fp32 idlg psnr_selected >= 40
+    fp32 idlg label_accuracy >= 0.99
 """
 
 from qleak.attacks import dlg, idlg

@@ -3,6 +3,16 @@
 The first papers attack fresh weights U(−0.5, 0.5). The trained LeNet has seen MNIST without these digits. The table of
 gradient norms stands beside that of the attacks, layer by layer: what a net is right about has a small output error, and
 every gradient is that error sent back.
+
+Measured (8 digits): training makes the gradient 250 times smaller (norm 23.5 against 0.094, every layer alike) and stops
+the 2020 attack (83 dB against 4, 0 of 8), not one that reads errors instead of labels (`cells` 108 against 64 dB, 8 and
+6 of 8), nor the closed form (119 dB on both): smaller is not less.
+
+Claims:
+    untrained fp32 idlg psnr_selected >= 40
+    trained fp32 idlg psnr_selected <= 10
+    trained fp32 cells recovered >= 5
+    trained fp32 closed_form psnr_selected >= 100
 """
 
 from qleak.attacks import cells, closed_form, idlg

@@ -4,26 +4,35 @@ A claim is a line `CHANNEL ATTACK FIELD >= NUMBER` (or `<=`) under "Claims:" in 
 those of run.json's summary for the runs without control. In place of an attack stands `training` for what is
 learnt through a channel, `study` for a point of a joined table, `round-N` and an attack's name joined by a dot
 (`round-1.dlg`) for an audit inside a training. The part of a study of audits stands in front of the channel
-(`batch-4 fp32`). Runs are made, or resumed, under runs/.
+(`batch-4 fp32`). "Claims (--data cifar10-12k):" names the flags they were measured with. Runs are made, or resumed,
+under runs/.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 from qleak.cli import recipes
 
+HEAD = re.compile(r"^Claims(?: \((.*)\))?:$", re.M)
 LINE = re.compile(r"^\s*(.+?) +([\w.-]+) +(\w+) +(>=|<=) +([\d.]+)$", re.M)
 
 
 def claims(doc: str) -> list[tuple[str, str, str, str, float]]:
     """(channel, attack, field, relation, number) of every claim in a docstring."""
-    _, _, text = doc.partition("Claims:")
-    return [(c, a, f, r, float(n)) for c, a, f, r, n in LINE.findall(text)]
+    head = HEAD.search(doc)
+    return [(c, a, f, r, float(n)) for c, a, f, r, n in LINE.findall(doc[head.end() :])] if head else []
+
+
+def flags(doc: str) -> list[str]:
+    """The flags that the claims of a docstring are about; none for the recipe as it is."""
+    head = HEAD.search(doc)
+    return shlex.split(head.group(1)) if head and head.group(1) else []
 
 
 def check(claim: tuple[str, str, str, str, float], summary: list[dict]) -> tuple[bool, float]:
@@ -65,12 +74,12 @@ def main() -> int:
     """Runs every recipe that makes claims (or the ones named) and prints a line per claim."""
     failed = 0
     for name in sys.argv[1:] or recipes.names():
-        wanted = claims(recipes.docstring(recipes.path_of(name)))
+        doc = recipes.docstring(recipes.path_of(name))
+        wanted = claims(doc)
         if not wanted:
             continue
-        done = subprocess.run(
-            ["qleak", "recipe", "run", name, "--json", "--out", "runs"], stdout=subprocess.PIPE, text=True, check=True
-        )
+        command = ["qleak", "recipe", "run", name, *flags(doc), "--json", "--out", "runs"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         header = json.loads(done.stdout)
         summary = header["summary"] + audits(Path("runs") / f"{name}-{header['plan_id']}")
         for claim in wanted:
