@@ -19,7 +19,7 @@ from qleak.check import Expected
 MECHANISMS = ("gaussian", "laplace")
 ADJACENCY = "add-or-remove-one"  # what both accountants are told; see `both`
 
-_CELL = 100.0  # the PLD exponentiates a cell's loss: beyond 700 it overflows, and ε there says nothing anyway
+_SENSELESS = 10_000.0  # an ε that promises nothing: the PLD would make it no better, and exponentiates its cells
 _TAIL = 10.0  # dp-accounting cuts Gaussian tails at mass e⁻⁵⁰: ten standard deviations
 _CLAIMED_ORDERS = (*(1 + i / 10 for i in range(1, 100)), *range(12, 64), 128, 256, 512)
 
@@ -76,7 +76,7 @@ def both(event: Any, delta: float = 1e-5, steps: int = 1) -> Epsilons:
     """
     quick = upper(event, delta, steps)
     # At δ = 0 the PLD has nothing to add: it counts the tails it cuts as lost.
-    if event is None or delta == 0 or quick.reported is None or math.isinf(quick.reported):
+    if event is None or delta == 0 or quick.reported is None or quick.reported > _SENSELESS:
         return quick
 
     from dp_accounting import SelfComposedDpEvent, pld
@@ -85,10 +85,10 @@ def both(event: Any, delta: float = 1e-5, steps: int = 1) -> Epsilons:
     one = max((_loss(part, _TAIL) for part in _releases(event)), default=0.0)
     if math.isinf(one) or not pld.PLDAccountant().supports(composed):
         return quick
-    finest = max(one / 40_000, quick.reported / 100_000)
-    if finest > _CELL:
+    try:
+        found = _pld(composed, delta, quick.reported / 4000, max(one / 40_000, quick.reported / 100_000))
+    except OverflowError:  # sampled noise so small that e to its loss is no number: the other bound stays true
         return quick
-    found = _pld(composed, delta, min(quick.reported / 4000, _CELL), finest)
     return quick._replace(pld=found, reported=min(found, quick.reported))
 
 

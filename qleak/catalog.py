@@ -26,6 +26,7 @@ ROOMS = {
     "channels": "qleak.channels",
     "attacks": "qleak.attacks",
     "clients": "qleak.client",
+    "evasions": "qleak.train.evasion",
 }
 NAMED = ("run", "torchvision", "imported")  # what stands behind their colon is a name: run:ID, torchvision:resnet18
 

@@ -123,7 +123,7 @@ def test_pgd_is_at_least_as_strong_as_fgsm_and_restarts_only_help(digits):
 def test_refusals(digits):
     x, y = digits.x[:2], digits.y[:2]
     for options, message in (
-        ({"attack": "cw"}, "attack='cw' to be one of: fgsm, pgd"),
+        ({"attack": "cw"}, "attack='cw' to be one of: apgd, apgd-dlr, fgsm, pgd"),
         ({"epsilon": -1.0}, "epsilon=-1.0 >= 0"),
         ({"epsilon": 8.0}, r"epsilon=8 in \[0, 1\], in units of the pixel range"),
         ({"norm": "l1"}, "norm='l1' to be one of: l2, linf"),

@@ -302,7 +302,7 @@ def test_what_else_is_refused():
 
 @pytest.mark.parametrize(
     "text",
-    ["resnet(depth=21)", "resnet(norm='layer')", "resnet(function='swish')", "resnet(shortcut='a')", "resnet18(mode='x')",
+    ["resnet(depth=21)", "resnet(norm='instance')", "resnet(function='swish')", "resnet(shortcut='a')", "resnet18(mode='x')",
      "vgg(depth=12)", "vgg(size=28)", "vit(patch=5)", "vit(heads=5)", "convnet64(size=8)", "lenet5(size=8)",
      "deep_lenet(depth=0)", "deep_mlp(depth=-1)", "torchvision(name='resnet81')", "torchvision(name='squeezenet1_1', mode='train')",
      "torchvision(weights='default')", "resnet(width=0)"],

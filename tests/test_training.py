@@ -112,7 +112,7 @@ def test_a_plan_survives_json_and_its_id_follows_every_field(plan):
         "too many take part": ({"participation": 1.5}, r"participation=1.5 in \[0, 1\]"),
         "split": ({"split": "dirichlet"}, r"split='dirichlet' to be written iid or dirichlet\(0.5\)"),
         "alpha": ({"split": "dirichlet(0)"}, r"alpha=0.0 > 0"),
-        "schedule": ({"schedule": "linear"}, r"schedule='linear' to be one of: constant, cosine"),
+        "schedule": ({"schedule": "linear"}, r"schedule='linear' to be constant, cosine or decay"),
         "rows": ({"client": per_example(4)}, r"one total\(\) for the rows in fp32 behind per_example\(batch=4\)"),
         "join": ({"channels": (chain(total()),)}, r"no total\(\) in total"),
         "attacks": ({"attack_rounds": (1,)}, r"attacks and attack_rounds together, got 0 and 1"),

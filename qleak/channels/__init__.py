@@ -2,7 +2,7 @@
 
 from qleak.channels.aggregate import mean, scale, total
 from qleak.channels.channel import Channel, stack
-from qleak.channels.clip import clip_l1, clip_l2
+from qleak.channels.clip import automatic, clip_l1, clip_l2, clip_layers
 from qleak.channels.compose import chain, identity
 from qleak.channels.feedback import error_feedback
 from qleak.channels.fixed_point import fixed_point
@@ -10,6 +10,7 @@ from qleak.channels.floats import bfloat16, float8, float16
 from qleak.channels.kmeans import kmeans
 from qleak.channels.logarithmic import logarithmic
 from qleak.channels.noise import gaussian, laplace
+from qleak.channels.nominal import nominal_laplace
 from qleak.channels.powersgd import powersgd
 from qleak.channels.qsgd import qsgd, terngrad
 from qleak.channels.quantize import stochastic, uniform
@@ -19,10 +20,12 @@ from qleak.channels.sparsify import random_k, top_k
 
 __all__ = [
     "Channel",
+    "automatic",
     "bfloat16",
     "chain",
     "clip_l1",
     "clip_l2",
+    "clip_layers",
     "error_feedback",
     "fixed_point",
     "float8",
@@ -33,6 +36,7 @@ __all__ = [
     "laplace",
     "logarithmic",
     "mean",
+    "nominal_laplace",
     "powersgd",
     "qsgd",
     "random_k",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,42 +13,100 @@ from torch import Tensor
 from qleak import tree
 from qleak.catalog import factory
 from qleak.check import positive
-from qleak.types import Belief, Bound, Facts, Side, Stage, Tree
+from qleak.types import Belief, Bound, Facts, Shrink, Side, Stage, Tree
+
+Knobs = Mapping[str, Tensor]
 
 
 @factory
 def clip_l2(bound: float = 1.0) -> Stage:
     """X · min(1, bound/‖x‖₂) over all tensors together (Abadi et al. 2016, Algorithm 1)."""
     positive(bound=bound)
-    return _clip("clip_l2", 2, bound)
+    return _shrinking("clip_l2", Shrink(2, "all", _threshold), {"bound": bound})
 
 
 @factory
 def clip_l1(bound: float = 1.0) -> Stage:
     """X · min(1, bound/‖x‖₁) over all tensors together: the bound that Laplace noise needs."""
     positive(bound=bound)
-    return _clip("clip_l1", 1, bound)
+    return _shrinking("clip_l1", Shrink(1, "all", _threshold), {"bound": bound})
 
 
-def _clip(name: str, p: Literal[1, 2], bound: float) -> Stage:
-    def factor(norm: Tensor, knobs: dict[str, Tensor]) -> Tensor:
-        return (knobs["bound"] / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
+@factory
+def clip_layers(bound: float = 1.0) -> Stage:
+    """X_j · min(1, bound/(√m ‖x_j‖₂)) for each of the m tensors, so that the whole row is no longer than `bound`.
 
-    def send(knobs: dict[str, Tensor], x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
-        return tree.scale(x, factor(tree.norm(x, p), knobs)), {}, state
+    The per-layer flat clipping of McMahan, Ramage, Talwar, Zhang, "Learning Differentially Private Recurrent
+    Language Models" (ICLR 2018); weight and bias are two tensors.
+    """
+    positive(bound=bound)
 
-    def push(knobs: dict[str, Tensor], belief: Belief, side: Side | None) -> Belief:
-        """With noise in front the norm is ‖m‖² + Σvar (L2); the factor is treated as known."""
-        squared = tree.dot(belief.mean, belief.mean)
-        if belief.var and p == 2:
-            squared = squared + torch.stack([v.sum() for v in belief.var.values()]).sum()
-        norm = squared.clamp(min=1e-30).sqrt() if p == 2 else tree.norm(belief.mean, 1)
-        f = factor(norm, knobs)
-        return Belief(tree.scale(belief.mean, f), tree.scale(belief.var, f.square()))
+    def factor(knobs: Knobs, norm: Tensor) -> Tensor:
+        return _least(knobs["bound"] / math.sqrt(norm.shape[-1]), norm)
+
+    return _shrinking("clip_layers", Shrink(2, "tensor", factor), {"bound": bound})
+
+
+@factory
+def automatic(bound: float = 1.0, gamma: float = 0.01) -> Stage:
+    """X · bound/(‖x‖₂ + γ): every row is brought to nearly the same length; no threshold decides which.
+
+    AUTO-S of Bu, Wang, Zha, Karypis, "Automatic Clipping" (NeurIPS 2023, section 4): ‖y‖ < bound, and y keeps
+    the order of lengths, which normalising (γ = 0) would lose.
+
+    Args:
+        bound: what no row exceeds.
+        gamma: γ, in the units of the row; rows much shorter than it stay short.
+    """
+    positive(bound=bound, gamma=gamma)
+
+    def factor(knobs: Knobs, norm: Tensor) -> Tensor:
+        return knobs["bound"] / (norm + knobs["gamma"])
+
+    return _shrinking("automatic", Shrink(2, "all", factor), {"bound": bound, "gamma": gamma})
+
+
+def _threshold(knobs: Knobs, norm: Tensor) -> Tensor:
+    return _least(knobs["bound"], norm)
+
+
+def _least(bound: Tensor, norm: Tensor) -> Tensor:
+    return (bound / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
+
+
+def _shrinking(name: str, shrink: Shrink, knobs: dict[str, float]) -> Stage:
+    """The stage of one shrinking: its `bound` knob is the norm it promises."""
+    p, bound = shrink.p, knobs["bound"]
+
+    def send(knobs: Knobs, x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
+        return tree.zip_map(torch.mul, x, _factors(shrink, knobs, {k: _size(v, p) for k, v in x.items()})), {}, state
+
+    def push(knobs: Knobs, belief: Belief, side: Side | None) -> Belief:
+        """With noise in front a squared L2 norm is ‖m‖² + Σvar; the factor is treated as known."""
+        sizes = {k: _size(v, p) for k, v in belief.mean.items()}
+        if p == 2:
+            more = {k: v.sum() for k, v in belief.var.items()}
+            sizes = {k: (v + more.get(k, 0)).clamp(min=1e-30) for k, v in sizes.items()}  # √ has no slope at 0
+        f = _factors(shrink, knobs, sizes)
+        return Belief(tree.zip_map(torch.mul, belief.mean, f), {k: v * f[k].square() for k, v in belief.var.items()})
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
         exact = before.exact and before.law == "none"
         sensitivity = Bound(p, 2 * bound, "replace-one")
         return replace(reset, bound=Bound(p, bound), sensitivity=sensitivity, unbiased=False, exact=exact)
 
-    return Stage(name, "value", send, push, fold=fold, knobs={"bound": bound})
+    return Stage(name, "value", send, push, fold=fold, knobs=knobs, shrink=shrink)
+
+
+def _size(v: Tensor, p: int) -> Tensor:
+    """What adds up over tensors: Σ|v| or Σv²."""
+    return v.abs().sum() if p == 1 else v.square().sum()
+
+
+def _factors(shrink: Shrink, knobs: Knobs, sizes: Tree) -> Tree:
+    """Each tensor's factor, from the sizes of all of one row."""
+    each = torch.stack(list(sizes.values()))
+    root = torch.abs if shrink.p == 1 else torch.sqrt
+    if shrink.scope == "all":
+        return dict.fromkeys(sizes, shrink.factor(knobs, root(each.sum())))
+    return dict(zip(sizes, shrink.factor(knobs, root(each)).unbind(-1), strict=True))

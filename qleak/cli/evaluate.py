@@ -10,7 +10,7 @@ import typer
 
 from qleak.errors import Expected
 
-ATTACKS = ("none", "fgsm", "pgd")
+ATTACKS = ("none", "fgsm", "pgd", "apgd", "apgd-dlr")
 
 
 class Attacked(NamedTuple):
@@ -31,12 +31,12 @@ def evaluate(
     data: Annotated[str, typer.Option(help="Data set; the run's own when not given.")] = "",
     split: Annotated[str, typer.Option(help="Split of the data set.")] = "test",
     limit: Annotated[int, typer.Option(help="So many images, spread over the split; 0 for all.")] = 0,
-    attack: Annotated[str, typer.Option(help="none, fgsm or pgd.")] = "none",
+    attack: Annotated[str, typer.Option(help="none, fgsm, pgd, apgd or apgd-dlr.")] = "none",
     epsilon: Annotated[float, typer.Option(help="Radius of the ball, in units of the pixel range.")] = 0.1,
-    steps: Annotated[int, typer.Option(help="PGD steps.")] = 20,
+    steps: Annotated[int, typer.Option(help="Steps of PGD or APGD.")] = 20,
     step_size: Annotated[float | None, typer.Option(help="PGD step; 2.5·epsilon/steps when not given.")] = None,
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
-    restarts: Annotated[int, typer.Option(help="PGD starts; an image must withstand all.")] = 1,
+    restarts: Annotated[int, typer.Option(help="Starts; an image must withstand all.")] = 1,
     seed: Annotated[int, typer.Option(help="Root of the random starts.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:  # fmt: skip
@@ -130,4 +130,4 @@ def _called(how: Attacked) -> str:
     ball = f"{how.norm} ε={how.epsilon:g}"
     if how.attack == "fgsm":
         return f"fgsm {ball}"
-    return f"pgd-{how.steps} {ball}, {how.restarts} start{'s' if how.restarts > 1 else ''}"
+    return f"{how.attack}-{how.steps} {ball}, {how.restarts} start{'s' if how.restarts > 1 else ''}"

@@ -54,7 +54,10 @@ def prepare(plan: Audit) -> Prepared:
         tree.to(params, dtype),
         {k: v.to(dtype) if v.is_floating_point() else v for k, v in buffers.items()},
     )
-    updates = [plan.client.update(plan.model, params, buffers, a.to(dtype), b) for a, b in zip(x, y, strict=True)]
+    updates = []
+    for i, a, b in zip(plan.victims, x, y, strict=True):
+        draws = plan.client.draw(random.generator(plan.seed, "client", i), plan.model, len(a), 1.0)
+        updates.append(plan.client.update(plan.model, params, buffers, a.to(dtype), b, tree.to(draws, dtype)))
     for update in updates:
         finite(gradient=update)
     messages, bits, coded, eps = [], [], [], []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -16,13 +17,15 @@ from qleak.plans import Training, from_json
 from qleak.plans.training import Member
 from qleak.train import federated, lanes, split
 from qleak.train.federated import Federation, State
-from qleak.train.loop import cosine
 from qleak.train.measure import measure
+from qleak.train.schedules import factor
 from qleak.types import Buffers, Dataset, Params, Tree
 
 COLUMNS = (
     "epoch", "round", "train_loss", "test_loss", "train_accuracy", "test_accuracy", "sent", "releases", "cpu_s",
 )  # fmt: skip
+ROBUST = "robust_accuracy"
+UPDATE_L1 = "update_l1"
 EVERY = 0.5  # seconds between two signs of life
 
 
@@ -33,6 +36,7 @@ class Job(NamedTuple):
         members: one, or several under one vmap.
         saved: the last checkpoint, b"" to begin.
         how: "loop" or "vmap".
+        budget: messages a client may send before ε is spent; 0 for any number.
     """
 
     plan: dict[str, Any]
@@ -41,6 +45,7 @@ class Job(NamedTuple):
     saved: bytes
     device: str
     how: str
+    budget: int = 0
 
 
 class Progress(NamedTuple):
@@ -66,13 +71,23 @@ class Group(NamedTuple):
 
     Attributes:
         states: one per member.
-        history: `[member epoch column]`, float64; NaN where nothing was measured. See `COLUMNS`.
+        history: `[member epoch column]`, float64; NaN where nothing was measured. See `columns`.
         snapshots: the weights before each audited round, `member/round/name`.
     """
 
     states: tuple[State, ...]
     history: Tensor
     snapshots: Tree
+
+
+def extras(plan: Training) -> tuple[str, ...]:
+    """What is measured of an epoch where the plan asks for it."""
+    return (*([ROBUST] if plan.robust else []), *([UPDATE_L1] if plan.update_norms else []))
+
+
+def columns(plan: Training) -> tuple[str, ...]:
+    """What is measured of an epoch: `COLUMNS`, with `extras` in front of the time."""
+    return (*COLUMNS[:-1], *extras(plan), COLUMNS[-1])
 
 
 class Bench(NamedTuple):
@@ -86,7 +101,7 @@ class Bench(NamedTuple):
 def sets(plan: Training) -> tuple[Dataset, Dataset, str]:
     """(training set, test set, where the test set comes from), float32 on the CPU."""
     train, test, said = split.held_out(plan.data)
-    return split.spread(train, plan.limit), test, said
+    return split.spread(train, plan.limit), split.spread(test, plan.test_limit), said
 
 
 def weights(plan: Training, seed: int) -> tuple[Params, Buffers]:
@@ -112,12 +127,18 @@ def begin(plan: Training, members: tuple[Member, ...], device: str = "cpu") -> t
         params, buffers = (tree.to(t, torch.device(device)) for t in weights(plan, seed))
         fed = Federation(
             plan.model, buffers, plan.client, plan.channels[channel], plan.rule, train, shards(plan, train, seed), plan.per_round(),
-            plan.seed, seed, plan.sampling == "poisson",
+            plan.seed, seed, plan.sampling,
         )  # fmt: skip
+        rounds = plan.epoch_rounds or federated.rounds_per_epoch(fed)
+        fed = replace(fed, lag=rounds if plan.sync == "epoch" else 0)
         feds.append(fed)
         states.append(federated.start(fed, params))
-    history = torch.full((len(members), plan.epochs + 1, len(COLUMNS)), math.nan, dtype=torch.float64)
-    return feds, Group(tuple(states), history, {}), Bench(probe, test, federated.rounds_per_epoch(feds[0]))
+    history = torch.full((len(members), plan.epochs + 1, len(columns(plan))), math.nan, dtype=torch.float64)
+    return (
+        feds,
+        Group(tuple(states), history, {}),
+        Bench(probe, test, plan.epoch_rounds or federated.rounds_per_epoch(feds[0])),
+    )
 
 
 def dump(group: Group) -> bytes:
@@ -150,7 +171,7 @@ def events(job: Job) -> Iterator[Progress | Checkpoint]:
     marked = int(group.history[0, :, 0].isfinite().sum())
     for epoch in range(marked, plan.epochs + 1):
         if epoch:
-            for event in _epoch(plan, feds, group, bench, epoch, job.how):
+            for event in _epoch(plan, feds, group, bench, epoch, job.how, job.budget):
                 if isinstance(event, Group):
                     group = event
                 else:
@@ -170,15 +191,17 @@ def diverged(history: Tensor) -> bool:
 
 
 def _epoch(
-    plan: Training, feds: list[Federation], group: Group, bench: Bench, epoch: int, how: str
+    plan: Training, feds: list[Federation], group: Group, bench: Bench, epoch: int, how: str, budget: int
 ) -> Iterator[Progress | Group]:
-    """The rounds of one epoch; yields the group at its end. A member whose weights are not finite stops there."""
+    """The rounds of one epoch; yields the group at its end. A member without finite weights, or budget, stops there."""
     total, states, snapshots = bench.rounds * plan.epochs, group.states, dict(group.snapshots)
     last = group.history[0][group.history[0, :, 5].isfinite()][-1]
     stacked = lanes.stack(states) if how == "vmap" else None
     said = time.monotonic()
     for number in range((epoch - 1) * bench.rounds, epoch * bench.rounds):
-        lr = plan.lr * (cosine(number / total) if plan.schedule == "cosine" else 1.0)
+        lr = plan.lr * factor(plan.schedule, number, bench.rounds, total)
+        if budget and int(states[0].taken.max() if not stacked else stacked.taken.max()) >= budget:
+            break
         if number + 1 in plan.attack_rounds:
             now = lanes.unstack(stacked, len(feds)) if stacked else states
             for i, state in enumerate(now):
@@ -206,10 +229,51 @@ def measured(plan: Training, feds: list[Federation], group: Group, bench: Bench,
     for i, (fed, state) in enumerate(zip(feds, group.states, strict=True)):
         found = [math.nan] * 4
         if epoch % plan.eval_every == 0 or epoch == plan.epochs:
-            train = measure(plan.model, state.params, fed.buffers, bench.probe)
-            test = measure(plan.model, state.params, fed.buffers, bench.test)
+            train = measure(plan.model, state.params, fed.buffers, bench.probe, together(plan))
+            test = measure(plan.model, state.params, fed.buffers, bench.test, together(plan))
             found = [train.loss, test.loss, train.accuracy, test.accuracy]
         counts = [float(state.taken.sum()), float(state.taken.max())]
-        line = [float(epoch), float(state.round), *found, *counts, 0.0]
+        more = [*_robust(plan, fed, state, bench, found), *_update_l1(plan, fed, state, bench, found)]
+        line = [float(epoch), float(state.round), *found, *counts, *more, 0.0]
         history[i, epoch] = torch.tensor(line, dtype=torch.float64)
     return group._replace(history=history)
+
+
+def _robust(plan: Training, fed: Federation, state: State, bench: Bench, found: list[float]) -> list[float]:
+    """[robust accuracy], [NaN] where this epoch is not measured, [] where no plan asks for it."""
+    if not plan.robust:
+        return []
+    if math.isnan(found[-1]) or not _finite(state):
+        return [math.nan if math.isnan(found[-1]) else 0.0]
+    some = split.spread(bench.test, plan.robust_images)
+    part = together(plan) if plan.model.couples else len(some.x)
+    seeds = [random.key(plan.seed, "robust", i) if i else plan.seed for i in range(-(-len(some.x) // part))]
+    stands = [
+        plan.robust.stands(plan.model, state.params, fed.buffers, x, y, seed)
+        for x, y, seed in zip(some.x.split(part), some.y.split(part), seeds, strict=True)
+    ]
+    return [float(torch.cat(stands).double().mean())]
+
+
+def together(plan: Training) -> int:
+    """Images of one forward pass where a net is measured: as many as it was trained on together with public ones."""
+    return plan.client.batch if plan.model.public and plan.model.couples else 1000
+
+
+def _update_l1(plan: Training, fed: Federation, state: State, bench: Bench, found: list[float]) -> list[float]:
+    """[mean L1 norm of a row in front of the channel], [NaN] where this epoch is not measured, [] where no plan asks.
+
+    Of a batch spread evenly over the training images at the weights of now; with clients that lag, of the sum that the
+    last round sent.
+    """
+    if not plan.update_norms:
+        return []
+    if math.isnan(found[-1]) or not _finite(state):
+        return [math.nan]
+    if fed.lag and int(state.round):
+        return [float(tree.norm(state.held, 1))]
+    some = split.spread(bench.probe, plan.client.batch)
+    draws = federated.draws_of(fed, 0, 0, len(some.x), plan.lr)
+    update = plan.client.update(plan.model, state.params, fed.buffers, some.x, some.y, draws)
+    rows = math.prod(next(iter(update.values())).shape[: plan.client.rows])
+    return [float(tree.norm(update, 1)) / rows]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+from qleak.engine.lessons import extras
 from qleak.metrics import student
 from qleak.plans import Training
 
@@ -15,7 +16,8 @@ def summarise(plan: Training, rows: list[dict[str, Any]]) -> list[dict[str, Any]
     """One object per channel: means at the last epoch with 95 % Student-t intervals over seeds.
 
     Accuracies of diverged seeds count as measured; losses are averaged over the seeds where they are finite.
-    `uplink_mb` is what one training's clients send together, `cpu_s` the sum over seeds.
+    What the plan asks for beyond the four is summed up in the same way; `claimed_epsilon` (no guarantee) is there where
+    the client has a claim. `uplink_mb` is what one training's clients send together, `cpu_s` the sum over seeds.
     """
     out = []
     for c, name in enumerate(plan.labels()):
@@ -26,9 +28,11 @@ def summarise(plan: Training, rows: list[dict[str, Any]]) -> list[dict[str, Any]
             "channel": name, "n": len(mine), "diverged": sum(r["status"] == "diverged" for r in mine),
             "epoch": plan.epochs, "rounds": max(r["round"] for r in mine),
         }  # fmt: skip
-        for metric in METRICS:
+        for metric in (*METRICS, *extras(plan)):
             found[metric], found[f"{metric}_ci"] = mean_interval([r[metric] for r in mine if r[metric] is not None])
         eps = [r["epsilon"] for r in mine]
+        if "claimed_epsilon" in mine[0]:
+            found["claimed_epsilon"] = max((r["claimed_epsilon"] for r in mine if r["claimed_epsilon"]), default=None)
         found |= {
             "bits": mine[0]["bits"], "epsilon": None if None in eps else max(eps),
             "uplink_mb": sum(r["uplink_mb"] for r in mine) / len(mine), "cpu_s": sum(r["cpu_s"] for r in mine),

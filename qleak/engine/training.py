@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Iterator
@@ -15,15 +14,19 @@ from torch import Tensor
 from qleak import data, pool, tree
 from qleak.accounting import epsilon
 from qleak.catalog import short
+from qleak.channels.nominal import nominal
 from qleak.check import Expected
+from qleak.client import reasons
 from qleak.engine import lessons, rounds
 from qleak.engine.events import Event, Finished, Rows, Step
-from qleak.engine.lessons import COLUMNS, Checkpoint, Group, Job, Progress
+from qleak.engine.lessons import Checkpoint, Group, Job, Progress, columns
+from qleak.engine.price import Price
 from qleak.engine.seeds import METRICS, summarise
 from qleak.plans import Training
 from qleak.plans.training import Member
 from qleak.store import Run, now
 from qleak.train import federated, lanes
+from qleak.train.disjoint import disjoint
 from qleak.types import Params, Tree
 
 
@@ -41,8 +44,8 @@ def run(plan: Training, store: Run, device: str = "cpu", workers: int = 1) -> It
         status="running", started=store.header.get("started") or now(), test_set=said, facts=_facts(plan, like, bits),
         papers=list(dict.fromkeys(p for a in plan.attacks for p in a.papers)), refused=[],
     )  # fmt: skip
-    jobs = _jobs(plan, store, device, like)
-    price = _Price(plan, like, bits, federated.rate(min(sizes), plan.client.batch))
+    price = Price(plan, like, bits, sizes)
+    jobs = _jobs(plan, store, device, like, price)
 
     def keep(job: Job, event: Checkpoint) -> Iterator[Rows]:
         flat = safetensors.torch.load(event.saved)
@@ -50,7 +53,7 @@ def run(plan: Training, store: Run, device: str = "cpu", workers: int = 1) -> It
         done = store.done()
         fresh = [r for r in _rows(plan, job, flat, price) if r["key"] not in done]
         if event.epoch == plan.epochs:
-            _models(plan, store, job, flat)
+            _models(plan, store, job, flat, price)
         if fresh:
             store.append(fresh)
             yield Rows(fresh)
@@ -91,6 +94,7 @@ def _fits(plan: Training) -> tuple[Params, str, list[int]]:
                 f"Expected data {plan.data!r} of shape {plan.model.shape} and at most {plan.model.classes} classes "
                 f"for this model, got {tuple(some.x.shape[1:])} and {some.classes}."
             )
+    disjoint(plan.model, train)
     if plan.clients > len(train.x):
         raise Expected(f"Expected clients={plan.clients} <= {len(train.x)}, the number of training images.")
     dealt = [lessons.shards(plan, train, seed) for seed in range(plan.seeds)]
@@ -117,13 +121,15 @@ def groups(plan: Training, device: str, like: Tree) -> tuple[list[tuple[Member, 
     return [part for g in together for part in lanes.deal([m for m in members if m.channel in g], device)], how, why
 
 
-def _jobs(plan: Training, store: Run, device: str, like: Tree) -> list[Job]:
+def _jobs(plan: Training, store: Run, device: str, like: Tree, price: Price) -> list[Job]:
     found, how, _ = groups(plan, device, like)
     jobs = []
     for members in found:
         key = members[0].key if how == "loop" else f"{members[0].key}-and-{len(members) - 1}"
         saved = safetensors.torch.save(store.load(f"state-{key}")) if store.has(f"state-{key}") else b""
-        jobs.append(Job(plan.as_json(), key, members, saved, device, how))
+        jobs.append(
+            Job(plan.as_json(), key, members, saved, device, how, min(price.budget(m.channel) for m in members))
+        )
     return jobs
 
 
@@ -144,46 +150,47 @@ def _step(plan: Training, job: Job, event: Progress | Checkpoint, store: Run) ->
     return Step(job.key, label, epoch * len(job.members), plan.epochs * len(job.members), text)
 
 
-class _Price:
-    """Bits and ε of a client's messages; ε takes a second to compute, so each is computed once.
-
-    ε composes every message of the client that sent most: of Poisson-sampled events at the `rate` of
-    the smallest shard, or without any amplification where shards are shuffled (never too small).
-    """
-
-    def __init__(self, plan: Training, like: Tree, bits: list[float], rate: float) -> None:
-        self.bits, self.coordinates = bits, tree.count(like)
-        events = [c.facts(like).event for c in plan.channels]
-        if plan.sampling == "poisson":
-            from dp_accounting import PoissonSampledDpEvent  # lazy: two seconds with scipy.signal
-
-            events = [event and PoissonSampledDpEvent(rate, event) for event in events]
-        self.epsilon = functools.lru_cache(maxsize=None)(
-            lambda channel, releases: epsilon(events[channel], plan.delta, releases) if releases else None
-        )
+def _sent(flat: Tree, member: int) -> int:
+    return int(flat[f"states/{member}/taken"].max())
 
 
-def _rows(plan: Training, job: Job, flat: Tree, price: _Price) -> list[dict[str, Any]]:
+def _status(plan: Training, price: Price, member: Member, history: Tensor, releases: int) -> str:
+    """What became of a training: diverged, stopped where its budget is spent, or ok."""
+    if lessons.diverged(history):
+        return "diverged"
+    allowed = price.budget(member.channel)
+    return "stopped" if allowed and releases >= allowed else "ok"
+
+
+def _rows(plan: Training, job: Job, flat: Tree, price: Price) -> list[dict[str, Any]]:
     """One row per member and measured epoch."""
-    rows = []
+    rows, measures = [], (*METRICS, *lessons.extras(plan))
     for member, history in zip(job.members, flat["history"], strict=True):
         for i in range(len(history)):
-            line = dict(zip(COLUMNS, history[i].tolist(), strict=True))
+            line = dict(zip(columns(plan), history[i].tolist(), strict=True))
             if math.isnan(line["test_accuracy"]):
                 continue
-            rows.append({
+            said = _claim(plan, price, member.channel, int(line["releases"]))
+            rows.append(said | {
                 "key": f"{member.key}-{i}", "kind": "training", "id": plan.id, "model": short(plan.model.spec),
                 "data": plan.data, "client": short(plan.client.spec), "channel": plan.labels()[member.channel],
-                "seed": member.seed, "epoch": i, "round": int(line["round"]), **{k: line[k] for k in METRICS},
+                "seed": member.seed, "epoch": i, "round": int(line["round"]), **{k: line[k] for k in measures},
                 "bits": price.bits[member.channel] / price.coordinates,
                 "epsilon": price.epsilon(member.channel, int(line["releases"])),
                 "uplink_mb": line["sent"] * price.bits[member.channel] / 8e6, "cpu_s": line["cpu_s"],
-                "status": "diverged" if lessons.diverged(history[: i + 1]) else "ok",
+                "status": _status(plan, price, member, history[: i + 1], int(line["releases"])),
             })  # fmt: skip
     return rows
 
 
-def _models(plan: Training, store: Run, job: Job, flat: Tree) -> None:
+def _claim(plan: Training, price: Price, channel: int, releases: int) -> dict[str, Any]:
+    """What others call the ε of this, a client's claim or a channel's label; {} where nobody does."""
+    if told := nominal(plan.channels[channel].spec):
+        return {"claimed_epsilon": told.eps if releases else None}
+    return {"claimed_epsilon": price.claimed(releases)} if plan.client.claimed else {}
+
+
+def _models(plan: Training, store: Run, job: Job, flat: Tree, price: Price) -> None:
     """The trained weights of every member, and `final_model` for the first channel's first seed."""
     for i, member in enumerate(job.members):
         params = _named(flat, f"states/{i}/params/")
@@ -191,7 +198,7 @@ def _models(plan: Training, store: Run, job: Job, flat: Tree) -> None:
         tensors = params | {f"buffers/{k}": v for k, v in buffers.items()}
         about = {
             "model": plan.model.spec, "run": plan.id, "data": plan.data, "channel": plan.labels()[member.channel],
-            "seed": str(member.seed), "epochs": str(plan.epochs),
+            "seed": str(member.seed), "epochs": str(plan.epochs), "ledger": price.ledger(member.channel, _sent(flat, i)),
         }  # fmt: skip
         store.model(f"models/{member.key}", tensors, about)
         if member == (0, 0):
@@ -209,11 +216,14 @@ def _named(flat: Tree, prefix: str) -> dict[str, Tensor]:
 
 def _facts(plan: Training, like: Tree, bits: list[float]) -> list[dict[str, Any]]:
     every = [c.facts(like) for c in plan.channels]
-    return [
+    found = [
         {"channel": name, "bits": b / tree.count(like), "unbiased": f.unbiased, "exact": f.exact,
          "epsilon": epsilon(f.event, plan.delta)}
         for name, f, b in zip(plan.labels(), every, bits, strict=True)
     ]  # fmt: skip
+    told = [nominal(c.spec) for c in plan.channels]  # a label, never an ε
+    more = [{"nominal_epsilon": t.eps, "noise_scale": t.scale(len(like))} if t else {} for t in told]
+    return [fact | extra for fact, extra in zip(found, more, strict=True)]
 
 
 def size(plan: Training) -> tuple[str, int]:
@@ -225,7 +235,9 @@ def choices(plan: Training, device: str = "cpu") -> list[str]:
     """Every automatic choice of the engine, with its reason."""
     found, how, why = groups(plan, device, lessons.weights(plan, 0)[0])
     _, _, said = lessons.sets(plan)
-    return [f"lanes {how} ({why})", f"{len(found)} job{'s' if len(found) > 1 else ''}", f"test set: {said}"]
+    doubts = [f"no guarantee: {reason}" for reason in reasons(plan.client, plan.model, plan.sampling)]
+    jobs = f"{len(found)} job{'s' if len(found) > 1 else ''}"
+    return [f"lanes {how} ({why})", jobs, f"test set: {said}", *doubts]
 
 
 def estimate(plan: Training, device: str = "cpu", steps: int = 3) -> dict[str, float]:

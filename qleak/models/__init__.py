@@ -7,7 +7,9 @@ from qleak.models.layers import sequential
 from qleak.models.lenet import deep_lenet, lenet, lenet_mnist
 from qleak.models.lenet5 import lenet5
 from qleak.models.mlp import deep_mlp, mlp
+from qleak.models.mnist_net import mnist_net
 from qleak.models.module import from_module
+from qleak.models.public import public_norm
 from qleak.models.resnet import resnet, resnet18
 from qleak.models.stored import stored
 from qleak.models.torchvision_nets import torchvision
@@ -25,6 +27,8 @@ __all__ = [
     "lenet5",
     "lenet_mnist",
     "mlp",
+    "mnist_net",
+    "public_norm",
     "resnet",
     "resnet18",
     "sequential",

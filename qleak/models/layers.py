@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from qleak import random
 from qleak.check import Expected, one_of
+from qleak.models import taps
 from qleak.types import Buffers, Layer, Model, Params
 
 Function = Callable[[Tensor], Tensor]
@@ -126,4 +127,4 @@ def sequential(
         classes = int(apply(meta, {}, torch.empty(1, *shape, device="meta")).shape[1])
     except RuntimeError as error:
         raise Expected(f"Expected layers that fit an input of shape {shape}: {error}") from None
-    return Model(initialise, apply, shape, classes, layers)
+    return Model(initialise, apply, shape, classes, layers, tapped=taps.of_layers(layers, shape, apply_layer, meta))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -16,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qleak.check import Expected, one_of
+from qleak.models import taps
 from qleak.models.fresh import fresh as drawn
 from qleak.types import Buffers, Model, Params, Tree
 
@@ -80,7 +82,34 @@ def from_module(
 
     _fits(net, apply, buffers, shape, classes, mode)
     norms = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
-    return Model(init, apply, shape, classes, None, spec, _statistics(norms, apply) if norms else None)
+    if not norms:
+        return Model(init, apply, shape, classes, None, spec, tapped=taps.of_module(net, apply, buffers, shape))
+    batched = [name for name, m in norms.items() if m.training or m.running_mean is None]
+    couples = f"batch norm {batched[0]} normalises by the batch" if batched else ""
+    opened = None if couples else taps.of_module(net, apply, buffers, shape)
+
+    @functools.cache
+    def remade(mode: str) -> Model:
+        other = copy.deepcopy(module)
+        for part in other.modules():
+            if mode != "train" and isinstance(part, _BatchNorm):
+                _remember(part)
+                part.__class__ = _Explicit if mode == "explicit" else part.__class__
+        return from_module(other, shape, classes, spec, "train" if mode == "train" else "eval", fresh)
+
+    return Model(
+        init, apply, shape, classes, None, spec, _statistics(norms, apply), tapped=opened, couples=couples, remade=remade
+    )  # fmt: skip
+
+
+def _remember(part: _BatchNorm) -> None:
+    """Gives a batch norm that keeps no running statistics blank ones."""
+    if part.running_mean is not None:
+        return
+    part.track_running_stats = True
+    device = "cpu" if part.weight is None else part.weight.device
+    part.register_buffer("running_mean", torch.zeros(part.num_features, device=device))
+    part.register_buffer("running_var", torch.ones(part.num_features, device=device))
 
 
 def _still(module: nn.Module, mode: str) -> nn.Module:
@@ -99,6 +128,17 @@ def _still(module: nn.Module, mode: str) -> nn.Module:
             if isinstance(below, nn.Hardsigmoid):
                 setattr(part, child, _Hardsigmoid())
     return net
+
+
+class _Explicit(_BatchNorm):
+    """Batch norm by running statistics in single operations: torch's own has no derivative with respect to them."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[b c …] -> [b c …]`."""
+        assert self.running_mean is not None and self.running_var is not None
+        shape = (-1, *(1,) * (input.ndim - 2))
+        normal = (input - self.running_mean.reshape(shape)) * (self.running_var + self.eps).rsqrt().reshape(shape)
+        return normal * self.weight.reshape(shape) + self.bias.reshape(shape) if self.affine else normal
 
 
 class _Hardsigmoid(nn.Module):

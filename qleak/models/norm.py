@@ -7,19 +7,20 @@ from torch import Tensor, nn
 from qleak.check import one_of
 from qleak.models.layers import ACTIVATIONS
 
-NORMS = ("batch", "group", "none")
+NORMS = ("batch", "group", "layer", "none")
 
 
-def norm2d(name: str, channels: int) -> nn.Module:
-    """A norm of `[b c h w]`: "batch" (Ioffe & Szegedy 2015), "group" (Wu & He 2018) or "none".
+def norm2d(name: str, channels: int, affine: bool = True) -> nn.Module:
+    """A norm of `[b c h w]`: "batch" (Ioffe & Szegedy 2015), "group" (Wu & He 2018), "layer" (Ba et al. 2016) or "none".
 
-    Groups have 16 channels; all channels are one group where 16 does not divide them.
+    Groups have 16 channels; all channels are one group where 16 does not divide them, and in "layer", whose weights are a
+    channel's. Without `affine` there are no weights.
     """
     one_of(NORMS, norm=name)
     if name == "batch":
-        return nn.BatchNorm2d(channels)
-    if name == "group":
-        return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
+        return nn.BatchNorm2d(channels, affine=affine)
+    if name in ("group", "layer"):
+        return nn.GroupNorm(channels // 16 if channels % 16 == 0 and name == "group" else 1, channels, affine=affine)
     return nn.Identity()
 
 

@@ -20,17 +20,19 @@ SHORTCUTS = ("pad", "conv")
 class Block(nn.Module):
     """Two 3×3 convolutions and a shortcut: a(s(x) + n₂(K₂ ⋆ a(n₁(K₁ ⋆ x))))."""
 
-    def __init__(self, cin: int, cout: int, stride: int, norm: str, function: str, shortcut: str) -> None:
+    def __init__(
+        self, cin: int, cout: int, stride: int, norm: str, function: str, shortcut: str, affine: bool = True
+    ) -> None:
         super().__init__()
         bias = norm == "none"
         self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=bias)
-        self.norm1 = norm2d(norm, cout)
+        self.norm1 = norm2d(norm, cout, affine)
         self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=bias)
-        self.norm2 = norm2d(norm, cout)
+        self.norm2 = norm2d(norm, cout, affine)
         self.act = Activation(function)
         self.shortcut = nn.Identity()
         if stride != 1 or cin != cout:
-            conv = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=bias), norm2d(norm, cout))
+            conv = nn.Sequential(nn.Conv2d(cin, cout, 1, stride, bias=bias), norm2d(norm, cout, affine))
             self.shortcut = conv if shortcut == "conv" else Pad(cout - cin, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,17 +59,17 @@ class ResNet(nn.Module):
 
     def __init__(
         self, channels: int, classes: int, widths: Sequence[int], blocks: Sequence[int], norm: str, function: str,
-        shortcut: str,
+        shortcut: str, affine: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = nn.Conv2d(channels, widths[0], 3, 1, 1, bias=norm == "none")
-        self.norm1 = norm2d(norm, widths[0])
+        self.norm1 = norm2d(norm, widths[0], affine)
         self.act = Activation(function)
         stages, cin = [], widths[0]
         for i, (width, count) in enumerate(zip(widths, blocks, strict=True)):
             made = []
             for j in range(count):
-                made.append(Block(cin, width, 2 if i and not j else 1, norm, function, shortcut))
+                made.append(Block(cin, width, 2 if i and not j else 1, norm, function, shortcut, affine))
                 cin = width
             stages.append(nn.Sequential(*made))
         self.stages = nn.Sequential(*stages)
@@ -97,7 +99,7 @@ def resnet(
     Args:
         depth: 20, 32, 44, 56, or any other 6n+2.
         width: channels of the first stage.
-        norm: "batch", "group" (16 channels a group) or "none" (convolutions with a bias).
+        norm: "batch", "group" (16 channels a group), "layer" (one group) or "none" (convolutions with a bias).
         mode: batch norm by the batch ("train") or by running statistics ("eval").
         function: activation, see `qleak.models.layers.ACTIVATIONS`.
         channels: image channels c.
@@ -125,6 +127,7 @@ def resnet18(
     channels: int = 3,
     size: int = 32,
     classes: int = 10,
+    affine: bool = True,
 ) -> Model:
     """ResNet-18 for small images: a 3×3 stem without max-pooling, four stages of two blocks, widths w, 2w, 4w, 8w.
 
@@ -133,16 +136,17 @@ def resnet18(
 
     Args:
         width: channels of the first stage.
-        norm: "batch", "group" (16 channels a group) or "none" (convolutions with a bias).
+        norm: "batch", "group" (16 channels a group), "layer" (one group) or "none" (convolutions with a bias).
         mode: batch norm by the batch ("train") or by running statistics ("eval").
         function: activation, see `qleak.models.layers.ACTIVATIONS`.
         channels: image channels c.
         size: image height and width.
         classes: number of logits.
+        affine: norms have a weight and a bias for each channel.
     """
     whole(width=width, channels=channels, size=size, classes=classes)
     at_least(1, width=width, channels=channels, classes=classes)
     at_least(8, size=size)
     widths = (width, 2 * width, 4 * width, 8 * width)
-    net = blank(ResNet, channels, classes, widths, (2, 2, 2, 2), norm, function, "conv")
+    net = blank(ResNet, channels, classes, widths, (2, 2, 2, 2), norm, function, "conv", affine)
     return from_module(net, (channels, size, size), classes, mode=mode, fresh=True)

@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple
 from qleak.catalog import short
 from qleak.channels import Channel
 from qleak.check import Expected, at_least, between, one_of, positive, whole
-from qleak.client import gradient, is_gradient
+from qleak.client import gradient, guard, is_gradient
 from qleak.plans.base import Written, label, later, ranges
 from qleak.types import Attack, Client, Model
 
@@ -110,6 +110,7 @@ class Audit(Written):
                     f"Expected channels that join {self.client.rows} row axes (total() each), as "
                     f"{short(self.client.spec)} sends them, got {label(channel.spec)}."
                 )
+        guard(self.client, self.model, self.channels)
         if self.dtype not in ("float32", "float64"):
             raise Expected(f"Expected dtype={self.dtype!r} to be one of: float32, float64.")
 

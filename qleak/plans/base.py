@@ -12,7 +12,14 @@ from qleak.catalog import build, short
 from qleak.check import Expected
 
 SCHEMA = 1
-ROOM_OF = {"model": "models", "client": "clients", "channels": "channels", "attacks": "attacks", "rule": "rules"}
+ROOM_OF = {
+    "model": "models",
+    "client": "clients",
+    "channels": "channels",
+    "attacks": "attacks",
+    "rule": "rules",
+    "robust": "evasions",
+}
 
 
 class Written:
@@ -61,7 +68,8 @@ def read(cls: type, text: dict[str, Any]) -> Any:
         value = text[name]
         if name in ROOM_OF:
             room = ROOM_OF[name]
-            value = tuple(build(room, v) for v in value) if isinstance(value, list) else build(room, value)
+            if value is not None:
+                value = tuple(build(room, v) for v in value) if isinstance(value, list) else build(room, value)
         values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)
 

@@ -9,9 +9,11 @@ from typing import ClassVar, NamedTuple
 from qleak.catalog import short
 from qleak.channels import Channel
 from qleak.check import Expected, at_least, between, one_of, positive, whole
-from qleak.client import gradient
-from qleak.plans.base import Written, label
+from qleak.client import gradient, guard, reasons
+from qleak.plans.base import Written, label, later
+from qleak.train.evasion import Evasion
 from qleak.train.rules import Rule, sgd
+from qleak.train.schedules import factor
 from qleak.train.split import parse
 from qleak.types import Attack, Client, Model
 
@@ -41,12 +43,13 @@ class Training(Written):
         clients: the population C; each client has its own shard and its own channel state.
         participation: ⌈participation · C⌉ clients take part in a round, drawn anew each time.
         split: how images are dealt out, "iid" or "dirichlet(0.5)".
-        sampling: "shuffle" (passes over the shard in new orders), or "poisson" for per-example clients: every
-            image takes part with probability client.batch / n by itself, which is what amplifies privacy.
-        epochs: an epoch is as many rounds as cover the training set once.
+        sampling: "shuffle" (passes over the shard in new orders), "poisson" for per-example clients: every
+            image takes part with probability client.batch / n by itself, which is what amplifies privacy; or
+            "replacement": every image of a batch is drawn anew, for which no ε is known here.
+        epochs: an epoch is as many rounds as cover the training set once, or `epoch_rounds`.
         rule: what the server does with the average of the decoded updates.
         lr: its learning rate; 1 with `sgd()` and `local_sgd(…)` is federated averaging.
-        schedule: factor on `lr` over all rounds, "constant" or "cosine".
+        schedule: factor on `lr`, "constant", "cosine" over all rounds, or "decay(0.9)" an epoch.
         seeds: trainings per channel; each has its own weights, shards, orders and noise.
         seed: root of shards, orders and channel noise.
         model_seed: root of the weights.
@@ -58,6 +61,14 @@ class Training(Written):
         victims: how many victims, the first `victims` batches of the training split.
         dtype: "float32" or "float64".
         delta: δ at which ε is reported.
+        epoch_rounds: rounds of an epoch; 0 for as many as cover the training set once.
+        robust: an attack on images whose robust accuracy is measured beside the clean one, or None.
+        robust_images: test images it is measured on, spread evenly over the set.
+        target_epsilon: training stops before a round that would take its ε above this; 0 for no budget.
+        sync: "step" (clients get new weights every round), or "epoch": the one client keeps its weights for an epoch
+            and sends the sum of its gradients since, a fault of a published implementation.
+        test_limit: test images that are measured on, spread evenly over the set; 0 for all of them.
+        update_norms: rows have the mean L1 norm of what a client puts into the channel, on one fixed batch.
     """
 
     model: Model
@@ -83,6 +94,13 @@ class Training(Written):
     victims: int = 1
     dtype: str = "float32"
     delta: float = 1e-5
+    epoch_rounds: int = later(0)
+    robust: Evasion | None = later(None)  # noqa: RUF009
+    robust_images: int = later(1000)
+    target_epsilon: float = later(0.0)
+    sync: str = later("step")
+    test_limit: int = later(0)
+    update_norms: bool = later(False)
 
     kind: ClassVar[str] = "training"
 
@@ -93,11 +111,17 @@ class Training(Written):
         at_least(0, seed=self.seed, model_seed=self.model_seed, limit=self.limit)
         positive(lr=self.lr, participation=self.participation)
         between(0, 1, participation=self.participation, delta=self.delta)
-        one_of(["constant", "cosine"], schedule=self.schedule)
+        factor(self.schedule, 0, 1, 1)
+        whole(epoch_rounds=self.epoch_rounds, robust_images=self.robust_images, test_limit=self.test_limit)
+        at_least(0, test_limit=self.test_limit, epoch_rounds=self.epoch_rounds, target_epsilon=self.target_epsilon)
+        at_least(1, robust_images=self.robust_images)
+        one_of(["step", "epoch"], sync=self.sync)
         one_of(["auto", "loop", "vmap"], lanes=self.lanes)
-        one_of(["shuffle", "poisson"], sampling=self.sampling)
+        one_of(["shuffle", "poisson", "replacement"], sampling=self.sampling)
         one_of(["float32", "float64"], dtype=self.dtype)
         parse(self.split)
+        if self.sync == "epoch" and (self.clients > 1 or self.client.rows or self.lanes == "vmap"):
+            raise Expected("Expected one client, one gradient an update and lanes other than 'vmap' with sync='epoch'.")
         for channel in self.channels:
             if channel.joins != self.client.rows:
                 sums = "one total() for the rows" if self.client.rows else "no total()"
@@ -105,6 +129,7 @@ class Training(Written):
                     f"Expected {sums} in {label(channel.spec)} behind {short(self.client.spec)}: "
                     f"its update has {self.client.rows} row axes, the channel joins {channel.joins}."
                 )
+        guard(self.client, self.model, self.channels)
         whole(**{f"attack_rounds[{i}]": r for i, r in enumerate(self.attack_rounds)})
         at_least(1, **{f"attack_rounds[{i}]": r for i, r in enumerate(self.attack_rounds)})
         if bool(self.attack_rounds) != bool(self.attacks):
@@ -146,8 +171,14 @@ class Training(Written):
             "training": f"{self.epochs} epochs · {short(self.rule.spec)} · lr {self.lr:g} · {self.schedule}",
             "seeds": f"{self.seeds} per channel · seed {self.seed} · weights {self.model_seed}",
         }
-        if self.sampling == "poisson":
-            found["data"] += " · Poisson batches"
+        if self.sampling != "shuffle":
+            found["data"] += {"poisson": " · Poisson batches", "replacement": " · with replacement"}[self.sampling]
+        if self.target_epsilon:
+            found["training"] += f" · stops at ε {self.target_epsilon:g}"
+        if self.robust:
+            found["training"] += f" · robust to {short(self.robust.spec)}"
+        if why := reasons(self.client, self.model, self.sampling):
+            found["no guarantee"] = "; ".join(why)
         if self.attacks:
             at = ", ".join(map(str, self.attack_rounds))
             found["attacks"] = f"{' · '.join(short(a.spec) for a in self.attacks)} in rounds {at}"

@@ -38,6 +38,8 @@ class Point(NamedTuple):
         psnr_oracle: highest over these attacks, restarts chosen by the truth, which no attacker can.
         test_accuracy: mean over seeds in [0, 1]; so is `train_accuracy`.
         seeds: trainings, of which `diverged` diverged.
+        label_accuracy: share of labels that attack found, over the same images.
+        epsilon_message: of the one message that the audits attacked; `epsilon` composes those of a training.
         front: no other point has at least its accuracy and at most its PSNR, and one of them strictly.
     """
 
@@ -64,6 +66,8 @@ class Point(NamedTuple):
     seeds: int | None = None
     diverged: int | None = None
     front: bool = False
+    label_accuracy: float | None = None
+    epsilon_message: float | None = None
 
 
 class Part(NamedTuple):
@@ -169,6 +173,7 @@ def _point(
         bits_entropy=_first(held, "bits_entropy"),
         # Of one run alone: a training without a guarantee does not borrow the one of a single message.
         epsilon=(trainings or audits)[0][1].get("epsilon"),
+        epsilon_message=audits[0][1].get("epsilon") if audits else None,
     )
     # An attack whose guesses have no finite PSNR has none in its summary, and beats nothing.
     attacks = [(run, s) for run, s in audits if s["control"] == "none" and s["psnr_selected"] is not None]
@@ -181,7 +186,7 @@ def _point(
         point = point._replace(
             attack=best["attack"], psnr=best["psnr_selected"], psnr_ci=_pair(best.get("psnr_ci")),
             ssim=best["ssim_selected"], recovered=best["recovered"], images=best["images"],
-            control=_control(run, best), psnr_oracle=max(oracles, default=None),
+            control=_control(run, best), label_accuracy=best.get("label_accuracy"), psnr_oracle=max(oracles, default=None),
             plain=plain and plain["attack"], psnr_plain=plain and plain["psnr_selected"],
         )  # fmt: skip
     if trainings:

@@ -6,7 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-from qleak.report import compare, figures, parts, pictures, plots, race, study, training, words
+from qleak.report import (
+    compare,
+    figures,
+    nominal,
+    parts,
+    pictures,
+    plots,
+    privacy,
+    privacy_frontier,
+    race,
+    study,
+    training,
+    words,
+)
 from qleak.report.frontier import Part
 from qleak.report.stored import Stored, by_arm, load, write_file
 from qleak.store import read_run
@@ -105,8 +118,10 @@ def _training(run: training.Trained, name: str = "curves") -> dict[str, Any]:
     return _of_run(run.header) | {
         "verdict": training.verdict(run.header),
         "curves": Markup(plots.training_curves(run, name)),
-        "columns": [title.replace("\n", " ") for title in training.HEADS],
+        "privacy": Markup(privacy.figure([("", run)])),
+        "columns": [title.replace("\n", " ") for title in training.heads(run.header)],
         "rows": training.rows(run.header),
+        "labels": _labels([run.header]),
         "refusals": words.refusals(run.header),
         "attack_columns": training.ATTACKED,
         "attacked": training.attacked(run),
@@ -132,9 +147,35 @@ def _front(joined: study.Joined, out: Path, whole: bool = True) -> dict[str, Any
 
 def _study(joined: study.Joined, out: Path) -> dict[str, Any]:
     norms = parts.norms(joined.folders()) if joined.aside else None
-    aside = {"aside": joined.aside, "side_heads": parts.HEADS, "side": parts.rows(joined.lines), "norms": norms}
+    aside = {"aside": joined.aside, "side_heads": parts.HEADS, "norms": norms}
+    aside["side"] = parts.rows(joined.lines) if joined.aside else []
     aside["varied"] = parts.varied(joined.headers()) if joined.aside else {}
+    aside |= _trainings(joined)
     return _of_run(joined.header) | {"verdict": study.verdict(joined)} | aside | _front(joined, out)
+
+
+def _labels(headers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Channels whose ε is a label: their table, {} without any."""
+    rows = [row for header in headers for row in nominal.lines(header)]
+    heads = [title.replace("\n", " ") for title in nominal.HEADS]
+    return {"heads": heads, "rows": rows, "note": nominal.NOTE} if rows else {}
+
+
+def _trainings(joined: study.Joined) -> dict[str, Any]:
+    """Trainings side by side: their table, and accuracy over ε."""
+    from markupsafe import Markup
+
+    runs = [(name, training.load(folder)) for name, folder in joined.trainings().items()]
+    return {
+        "trained": joined.trained, "trained_heads": privacy.HEADS if joined.trained else (),
+        "trained_rows": privacy.rows(joined.lines) if joined.trained else [],
+        "privacy": Markup(privacy.figure(runs)) if runs else "",
+        "labels": _labels([run.header for _, run in runs]),
+        "over_epsilon": Markup(privacy_frontier.figure(joined.points)),
+        "epsilon_heads": [title.replace("\n", " ") for title in privacy_frontier.HEADS],
+        "epsilon_rows": privacy_frontier.rows(joined.points),
+        "epsilon_note": privacy_frontier.NOTE,
+    }  # fmt: skip
 
 
 def _part(i: int, part: study.Named, out: Path, whole: bool) -> dict[str, Any]:
@@ -148,7 +189,7 @@ def _part(i: int, part: study.Named, out: Path, whole: bool) -> dict[str, Any]:
     if whole and made["kind"] == "training":
         trained = training.load(part.folder)
         made["curves"] = Markup(plots.training_curves(trained, f"part{i}"))
-        made["columns"] = [title.replace("\n", " ") for title in training.HEADS]
+        made["columns"] = [title.replace("\n", " ") for title in training.heads(header)]
         made["rows"] = training.rows(header)
     elif whole and made["kind"] == "audit":
         made["columns"] = [title.replace("\n", " ") for title in words.COLUMNS]

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from qleak import store
 from qleak.errors import Expected
-from qleak.report import compare, frontier, training, words
+from qleak.report import compare, frontier, nominal, privacy, privacy_frontier, training, words
 from qleak.report import parts as side
 from qleak.report.frontier import Part, Point
 
@@ -27,7 +27,7 @@ class Named(NamedTuple):
 class Joined(NamedTuple):
     """A study that has been read, or the runs that `qleak compare` was given.
 
-    `lines` stand in place of `points` where all parts are audits (see `report.parts`).
+    `lines` stand in place of `points` where all parts are audits (see `report.parts`), or trainings (`report.privacy`).
     """
 
     folder: Path | None
@@ -41,6 +41,15 @@ class Joined(NamedTuple):
     def aside(self) -> bool:
         """Whether its parts are audits to be read side by side."""
         return side.apply(self.header)
+
+    @property
+    def trained(self) -> bool:
+        """Whether its parts are trainings to be read side by side."""
+        return privacy.apply(self.header)
+
+    def trainings(self) -> dict[str, Path]:
+        """Folders of the trainings that were begun, by name."""
+        return {p.name: p.folder for p in self.parts if p.header and p.header.get("kind") == "training"}
 
     def headers(self) -> dict[str, dict[str, Any]]:
         """run.json of every part that was run, by its name."""
@@ -68,19 +77,23 @@ def load(folder: Path) -> Joined:
     gone = [f"Not run yet, or gone: {', '.join(missing)}."] if missing else []
     if side.apply(header):
         return Joined(folder, header, parts, [], gone, side.lines(folder) or header.get("summary") or [])
+    if privacy.apply(header):
+        return Joined(folder, header, parts, [], gone, privacy.lines(folder) or header.get("summary") or [])
     runs = frontier.parts(part.folder for part in parts if part.header is not None)
     points = frontier.join_parts(runs) or compare.from_json(header.get("summary") or [])
     return Joined(folder, header, parts, points, [*frontier.notes(runs), *gone])
 
 
 def summary(folder: Path) -> list[dict[str, Any]]:
-    """What a study's run.json sums up: points of the frontier, or lines of audits side by side.
+    """What a study's run.json sums up: points of the frontier, or lines of audits or trainings side by side.
 
     Raises:
         Expected: a part is damaged.
     """
     if side.apply(store.read_run(folder)):
         return side.lines(folder)
+    if privacy.apply(store.read_run(folder)):
+        return privacy.lines(folder)
     return compare.as_json(frontier.join([folder]))
 
 
@@ -94,6 +107,8 @@ def verdict(study: Joined) -> str:
     """One sentence: the front from private to accurate, and what breaks it."""
     if study.aside:
         return side.verdict(study.lines, study.header)
+    if study.trained:
+        return privacy.verdict(study.lines, study.header)
     if not study.points:
         return f"Verdict: none yet, the study is {study.header.get('status', 'unfinished')}."
     front = sorted((p for p in study.points if p.front), key=lambda p: p.psnr or 0.0)
@@ -117,7 +132,11 @@ def table(study: Joined) -> Iterator[RenderableType]:
     """The joined table, the notes, a line per part."""
     if study.points:
         yield from compare.table(study.points)
-    if study.lines:
+        yield from privacy_frontier.table(study.points)
+    if study.trained and study.lines:
+        yield from privacy.table(study.lines)
+        yield from nominal.table(study.headers())
+    elif study.lines:
         yield from side.table(study.lines)
         yield from side.norm_table(study.folders())
         yield from side.details(study.lines, study.headers())

@@ -15,7 +15,7 @@ from rich.text import Text
 from qleak import store
 from qleak.errors import Expected
 from qleak.metrics import student
-from qleak.report import words
+from qleak.report import nominal, words
 from qleak.report.compare import accuracy
 from qleak.store import Row
 
@@ -30,6 +30,10 @@ TITLES = (
 HEADS = (
     "bits/\ncoordinate", "ε", "rounds", "uplink\nMB", "train\naccuracy", "test\naccuracy", "train\nloss", "test\nloss",
     "diverged", "CPU s",
+)  # fmt: skip
+ROBUST = (  # with robust accuracy two losses make room for it
+    ("channel", None), ("bits", 5), ("ε", 5), ("train\naccuracy", 11), ("test\naccuracy", 11), ("robust", 11),
+    ("diver-\nged", 6),
 )  # fmt: skip
 ATTACKED = ("round", "attack", "PSNR dB", "images rebuilt")
 TICKS = "▁▂▃▄▅▆▇█"
@@ -128,20 +132,40 @@ def next_step(header: dict[str, Any], folder: Path) -> tuple[str, str]:
 def table(run: Trained) -> Iterator[RenderableType]:
     """A row per channel fit for 80 columns, then test accuracy against epochs."""
     grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="")
-    for i, (title, width) in enumerate(TITLES):
-        width = width or 80 - sum(w or 0 for _, w in TITLES) - len(TITLES)
+    robust = has(run.header, "robust_accuracy")
+    titles = ROBUST if robust else TITLES
+    for i, (title, width) in enumerate(titles):
+        width = width or 80 - sum(w or 0 for _, w in titles) - len(titles)
         grid.add_column(title, width=width, justify="right" if i else "left", vertical="bottom", overflow="fold")
     for s in run.header.get("summary") or []:
         grid.add_row(
             Text(s["channel"], style="bold"), words.number(s["bits"], ".2f"), words.number(s["epsilon"], ".3g"),
             accuracy(s["train_accuracy"], s.get("train_accuracy_ci")),
             accuracy(s["test_accuracy"], s.get("test_accuracy_ci")),
-            words.number(s["train_loss"], ".3f"), words.number(s["test_loss"], ".3f"), f"{s['diverged']}/{s['n']}",
+            *([accuracy(s["robust_accuracy"], s.get("robust_accuracy_ci"))] if robust else
+              [words.number(s["train_loss"], ".3f"), words.number(s["test_loss"], ".3f")]),
+            f"{s['diverged']}/{s['n']}",
         )  # fmt: skip
     if run.header.get("summary"):
         yield grid
-        yield Text("± half of the 95% interval over seeds; bits are those of one coordinate of one message.\n")
+        yield Text("± half of the 95% interval over seeds; bits are those of one coordinate of one message.")
+        for s in run.header["summary"]:
+            if s.get("claimed_epsilon") is not None:
+                yield Text(f"ε of {s['channel']}: {s['claimed_epsilon']:.3g} claimed, no guarantee.")
+        yield Text("")
+    yield from nominal.table({"": run.header})
     yield from sparks(run)
+
+
+def has(header: dict[str, Any], field: str) -> bool:
+    """Whether a summary has numbers in `field`."""
+    return any(s.get(field) is not None for s in header.get("summary") or [])
+
+
+def heads(header: dict[str, Any]) -> tuple[str, ...]:
+    """The columns of a page's table: `HEADS`, and what was measured or claimed beside."""
+    more = {"robust_accuracy": "robust\naccuracy", "claimed_epsilon": "claimed ε,\nno guarantee"}
+    return (*HEADS, *(title for field, title in more.items() if has(header, field)))
 
 
 def sparks(run: Trained) -> Iterator[RenderableType]:
@@ -172,7 +196,7 @@ def spark(values: list[float], low: float, high: float) -> str:
 
 
 def rows(header: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table for a page: a channel and its cells in the order of `HEADS`."""
+    """The table for a page: a channel and its cells in the order of `heads`."""
     return [
         {
             "channel": s["channel"], "number": None, "front": False,
@@ -183,6 +207,8 @@ def rows(header: dict[str, Any]) -> list[dict[str, Any]]:
                 words.number(s["train_loss"], ".4f") + words.interval(s.get("train_loss_ci"), ".4f"),
                 words.number(s["test_loss"], ".4f") + words.interval(s.get("test_loss_ci"), ".4f"),
                 f"{s['diverged']}/{s['n']}", words.number(s.get("cpu_s"), ".1f"),
+                *([accuracy(s.get("robust_accuracy"), s.get("robust_accuracy_ci"))] if has(header, "robust_accuracy") else []),
+                *([words.number(s.get("claimed_epsilon"), ".3g")] if has(header, "claimed_epsilon") else []),
             ],
         }
         for s in header.get("summary") or []

@@ -2,6 +2,6 @@
 
 from qleak.train.loop import Epoch, accuracy, cosine, fit, step
 from qleak.train.measure import Measure, measure
-from qleak.train.rules import Rule, adam, sgd
+from qleak.train.rules import Rule, adadelta, adam, sgd
 
-__all__ = ["Epoch", "Measure", "Rule", "accuracy", "adam", "cosine", "fit", "measure", "sgd", "step"]
+__all__ = ["Epoch", "Measure", "Rule", "accuracy", "adadelta", "adam", "cosine", "fit", "measure", "sgd", "step"]

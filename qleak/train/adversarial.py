@@ -7,38 +7,18 @@ random starts come in as data.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from qleak import random
 from qleak.check import Expected, at_least, one_of, positive, whole
+from qleak.client.perturb import image_slope as slope
+from qleak.client.perturb import length, project, steepest
+from qleak.train.autopgd import apgd
 from qleak.train.measure import correct
 from qleak.types import Buffers, Model, Params
 
 NORMS = ("linf", "l2")
-
-
-def slope(model: Model, params: Params, buffers: Buffers, x: Tensor, y: Tensor) -> Tensor:
-    """∇ₓ of each image's own cross-entropy: `x [b c h w]`, `y [b]` -> `[b c h w]`."""
-    with torch.enable_grad():
-        x = x.detach().requires_grad_()
-        (found,) = torch.autograd.grad(F.cross_entropy(model.apply(params, buffers, x), y, reduction="sum"), x)
-    return found
-
-
-def steepest(g: Tensor, norm: str) -> Tensor:
-    """The step of length 1 that raises a linear function of slope `g [b c h w]` most: sign(g), or g/‖g‖₂."""
-    if norm == "linf":
-        return g.sign()
-    return g / _length(g).clamp(min=torch.finfo(g.dtype).tiny)
-
-
-def project(moved: Tensor, x: Tensor, epsilon: float, norm: str) -> Tensor:
-    """`moved` brought back into the ball of radius `epsilon` around `x`, and into [0, 1]."""
-    delta = moved - x
-    if norm == "linf":
-        return (x + delta.clamp(-epsilon, epsilon)).clamp(0, 1)
-    return (x + delta * (epsilon / _length(delta).clamp(min=1e-30)).clamp(max=1)).clamp(0, 1)
+ATTACKS = ("fgsm", "pgd", "apgd", "apgd-dlr")
 
 
 def fgsm(
@@ -76,7 +56,8 @@ def pgd(
         norm: "linf" or "l2".
 
     Returns:
-        The first iterate that is classified wrongly, of each image; the last one where none is.
+        The first iterate that is classified wrongly, of each image; the last one where none is. Of a model that couples
+        images the last one: all are changed together, and only the batch as a whole can be judged.
     """
     _checked(epsilon, norm)
     whole(steps=steps)
@@ -87,7 +68,8 @@ def pgd(
     found = project(x + start, x, epsilon, norm)
     left = torch.arange(len(x), device=x.device)  # images that still stand
     for step in range(steps + 1):
-        left = left[correct(model, params, buffers, found[left], y[left])] if len(left) else left
+        if len(left) and not model.couples:
+            left = left[correct(model, params, buffers, found[left], y[left])]
         if not len(left) or step == steps:
             break
         here = found[left]
@@ -102,7 +84,7 @@ def starts(generator: Generator, x: Tensor, epsilon: float, norm: str = "linf") 
         return ((2 * random.uniform(generator, x.shape) - 1) * epsilon).to(x.device, x.dtype)
     direction = random.normal(generator, x.shape)
     radius = random.uniform(generator, (len(x), 1, 1, 1)) ** (1 / x[0].numel())
-    return (direction / _length(direction) * radius * epsilon).to(x.device, x.dtype)
+    return (direction / length(direction) * radius * epsilon).to(x.device, x.dtype)
 
 
 def robust(
@@ -127,28 +109,29 @@ def robust(
     Raises:
         Expected: an argument out of range.
     """
-    one_of(["fgsm", "pgd"], attack=attack)
+    one_of(ATTACKS, attack=attack)
     whole(restarts=restarts, seed=seed)
     at_least(1, restarts=restarts)
     _checked(epsilon, norm)
+    if attack.startswith("apgd") and norm != "linf":
+        raise Expected(f"Expected norm='linf' with attack={attack!r}, got {norm!r}.")
     stands = correct(model, params, buffers, x, y)
     for restart in range(1 if attack == "fgsm" else restarts):
         for i, rows in enumerate(torch.arange(len(x), device=x.device).split(batch)):
             start = starts(random.generator(seed, "pgd", restart, i), x[rows], epsilon, norm)
-            kept = stands[rows]
+            kept = stands[rows] | bool(model.couples)  # coupled images are attacked together, or not at all
             rows, start = rows[kept], start[kept]
             if not len(rows):
                 continue
+            given = (model, params, buffers, x[rows], y[rows])
             if attack == "fgsm":
-                changed = fgsm(model, params, buffers, x[rows], y[rows], epsilon, norm)
+                changed = fgsm(*given, epsilon, norm)
+            elif attack == "pgd":
+                changed = pgd(*given, start, epsilon, steps, step_size, norm)
             else:
-                changed = pgd(model, params, buffers, x[rows], y[rows], start, epsilon, steps, step_size, norm)
-            stands[rows] = correct(model, params, buffers, changed, y[rows])
+                changed = apgd(*given, start, epsilon, steps, "dlr" if attack == "apgd-dlr" else "ce")
+            stands[rows] &= correct(model, params, buffers, changed, y[rows])
     return stands
-
-
-def _length(x: Tensor) -> Tensor:
-    return x.flatten(1).norm(dim=1)[:, None, None, None]
 
 
 def _checked(epsilon: float, norm: str) -> None:

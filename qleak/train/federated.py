@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qleak import random, tree
 from qleak.channels import Channel
+from qleak.private import fused
 from qleak.train.rules import Rule
 from qleak.types import Buffers, Client, Dataset, Message, Model, Params, Tree
 
@@ -31,6 +32,8 @@ class State(NamedTuple):
         memory: each client's channel state.
         taken: minibatches each client has taken, int64 `[client]`; also the messages it has sent.
         round: rounds done, int64, 0-dim.
+        anchor: the weights at which clients compute, where they lag behind the server's; {} where they do not.
+        held: the updates the one client has summed since it got its weights; {} where it begins anew each round.
     """
 
     params: Params
@@ -38,6 +41,8 @@ class State(NamedTuple):
     memory: tuple[Any, ...]
     taken: Tensor
     round: Tensor
+    anchor: Params
+    held: Tree
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,10 @@ class Federation:
         per_round: clients that take part in a round.
         seed: root of the draws.
         index: which of the plan's seeds; each has its own shards, orders and noise.
-        poisson: every image of the shard takes part by itself, with probability `rate`.
+        sampling: "shuffle" (passes over the shard), "poisson" (every image of the shard takes part by itself, with
+            probability `rate`) or "replacement" (each image of a batch is drawn anew from the whole shard).
+        lag: rounds a client keeps its weights and sums its updates; 0: it gets the server's every round, and sends its
+            own update. More than 0 is a fault that a published implementation has.
     """
 
     model: Model
@@ -63,7 +71,8 @@ class Federation:
     per_round: int
     seed: int
     index: int
-    poisson: bool = False
+    sampling: str = "shuffle"
+    lag: int = 0
 
 
 def start(fed: Federation, params: Params) -> State:
@@ -73,7 +82,9 @@ def start(fed: Federation, params: Params) -> State:
         fed.channel.init(params, random.generator(fed.seed, "memory", fed.index, client)) for client in range(count)
     )
     zero = torch.zeros((), dtype=torch.int64)
-    return State(params, fed.rule.init(params), memory, torch.zeros(count, dtype=torch.int64), zero)
+    lagging = {k: torch.zeros_like(v) for k, v in params.items()} if fed.lag else {}
+    anchor = params if fed.lag else {}
+    return State(params, fed.rule.init(params), memory, torch.zeros(count, dtype=torch.int64), zero, anchor, lagging)
 
 
 def rounds_per_epoch(fed: Federation) -> int:
@@ -102,7 +113,11 @@ def minibatch(fed: Federation, client: int, taken: int) -> tuple[Tensor, Tensor]
     The last minibatch of a pass may be short. With Poisson sampling its size is binomial, and may be 0.
     """
     shard, b = fed.shards[client], fed.client.batch
-    if fed.poisson:
+    if fed.sampling == "replacement":
+        drawn = random.integers(random.generator(fed.seed, "replacement", fed.index, client, taken), len(shard), (b,))
+        rows = shard[drawn].to(fed.data.x.device)
+        return fed.data.x[rows], fed.data.y[rows]
+    if fed.sampling == "poisson":
         drawn = random.uniform(random.generator(fed.seed, "poisson", fed.index, client, taken), (len(shard),))
         rows = shard[drawn < rate(len(shard), b)].to(fed.data.x.device)
         return fed.data.x[rows], fed.data.y[rows]
@@ -131,15 +146,34 @@ def noise_of(fed: Federation, number: int, client: int, rows: int, like: Tree) -
     return tree.nested_map(lambda v: v.to(some.device, some.dtype), drawn)
 
 
-def sender(model: Model, buffers: Buffers, client: Client, channel: Channel) -> Callable[..., tuple[Tree, Any]]:
-    """`f(knobs, params, x, y, noise, memory) -> (decoded update, memory)`: one client's part of a round, no draws."""
+def sender(model: Model, buffers: Buffers, client: Client, channel: Channel) -> Callable[..., tuple[Tree, Any, Tree]]:
+    """`f(knobs, params, x, y, noise, memory, draws, held) -> (decoded update, memory, held)`: one client's part of a round.
 
-    def send(knobs: Any, params: Params, x: Tensor, y: Tensor, noise: Any, memory: Any) -> tuple[Tree, Any]:
-        update = client.update(model, params, buffers, x, y)
+    Nothing is drawn in it. `held` is what the client adds its update to before it sends; {} for nothing. Clipping and
+    summing each example's gradient is one operation where nothing is held (`qleak.private`).
+    """
+    joined = fused.split(client, channel, model)
+
+    def send(
+        knobs: Any, params: Params, x: Tensor, y: Tensor, noise: Any, memory: Any, draws: Tree, held: Tree
+    ) -> tuple[Tree, Any, Tree]:
+        if joined and not held:
+            return *fused.through(client, joined, knobs, model, params, buffers, x, y, noise, memory, draws), held
+        update = client.update(model, params, buffers, x, y, draws)
+        if held:
+            held = update = tree.add(held, update)
         messages, after = channel.send(knobs, update, noise, memory, params)
-        return channel.receive(knobs, messages[-1], params), after
+        return channel.receive(knobs, messages[-1], params), after, held
 
     return send
+
+
+def draws_of(fed: Federation, number: int, client: int, count: int, lr: float) -> Tree:
+    """The client's own draws for one update (dropout, random starts), on the device and in the dtype of the data."""
+    drawn = fed.client.draw(random.generator(fed.seed, "client", fed.index, number, client), fed.model, count, lr)
+    return {
+        k: v.to(fed.data.x.device, fed.data.x.dtype if v.is_floating_point() else v.dtype) for k, v in drawn.items()
+    }
 
 
 def advance(fed: Federation, state: State, lr: float) -> State:
@@ -147,17 +181,23 @@ def advance(fed: Federation, state: State, lr: float) -> State:
     number, device = int(state.round), next(iter(state.params.values())).device
     send = sender(fed.model, fed.buffers, fed.client, fed.channel)
     knobs, memory, taken = fed.channel.knobs(device=device), list(state.memory), state.taken.clone()
+    anchor, held = state.anchor, state.held
+    if fed.lag and number % fed.lag == 0:  # new weights, and the sum begins anew
+        anchor, held = state.params, {k: torch.zeros_like(v) for k, v in held.items()}
     total: Tree = {}
     members = participants(fed, number)
     for client in members:
         x, y = minibatch(fed, client, int(taken[client]))
         noise = noise_of(fed, number, client, len(x), state.params)
-        decoded, memory[client] = send(knobs, state.params, x, y, noise, memory[client])
+        draws = draws_of(fed, number, client, len(x), lr)
+        decoded, memory[client], held = send(
+            knobs, anchor or state.params, x, y, noise, memory[client], draws, held
+        )  # fmt: skip
         total = tree.add(total, decoded) if total else decoded
         taken[client] += 1
     mean = tree.scale(total, 1 / len(members)) if len(members) > 1 else total
     params, rule = fed.rule.update(state.params, state.rule, mean, lr)
-    return State(params, rule, tuple(memory), taken, state.round + 1)
+    return State(params, rule, tuple(memory), taken, state.round + 1, anchor, held)
 
 
 def message_bits(channel: Channel, like: Tree) -> float:

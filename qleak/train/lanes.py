@@ -21,7 +21,7 @@ from qleak import random, tree
 from qleak.channels import Channel
 from qleak.channels.channel import stack as stack_knobs
 from qleak.check import Expected
-from qleak.train.federated import Federation, State, minibatch, noise_of, sender
+from qleak.train.federated import Federation, State, draws_of, minibatch, noise_of, sender
 from qleak.types import Model, Params, Tree
 
 T = TypeVar("T")
@@ -94,14 +94,14 @@ def stack(states: Sequence[State]) -> State:
     first = states[0]
     parts = [(s.params, s.rule, s.memory) for s in states]
     params, rule, memory = tree.nested_map(lambda *v: torch.stack(v), *parts)
-    return State(params, rule, memory, first.taken, first.round)
+    return State(params, rule, memory, first.taken, first.round, {}, {})
 
 
 def unstack(state: State, lanes: int) -> list[State]:
     """The inverse of `stack`."""
     whole = (state.params, state.rule, state.memory)
     parts = [tree.nested_map(lambda v, i=i: v[i].clone(), whole) for i in range(lanes)]
-    return [State(params, rule, memory, state.taken, state.round) for params, rule, memory in parts]
+    return [State(params, rule, memory, state.taken, state.round, {}, {}) for params, rule, memory in parts]
 
 
 def advance(feds: Sequence[Federation], state: State, lr: float) -> State:
@@ -109,19 +109,21 @@ def advance(feds: Sequence[Federation], state: State, lr: float) -> State:
     first, number = feds[0], int(state.round)
     device = next(iter(state.params.values())).device
     knobs = tree.nested_map(lambda v: v.to(device), stack_knobs([fed.channel for fed in feds]))
-    drawn = [minibatch(fed, 0, int(state.taken[0])) for fed in feds]
-    x, y = torch.stack([d[0] for d in drawn]), torch.stack([d[1] for d in drawn])
+    batches = [minibatch(fed, 0, int(state.taken[0])) for fed in feds]
+    x, y = torch.stack([b[0] for b in batches]), torch.stack([b[1] for b in batches])
     like = tree.at(state.params, 0)
     noise = [noise_of(fed, number, 0, x.shape[1], like) for fed in feds]
+    draws = [draws_of(fed, number, 0, x.shape[1], lr) for fed in feds]
     send = sender(first.model, first.buffers, first.client, first.channel)
 
     def one(
-        knobs: object, params: Params, rule: object, memory: object, x: Tensor, y: Tensor, noise: object
+        knobs: object, params: Params, rule: object, memory: object, x: Tensor, y: Tensor, noise: object, draws: Tree
     ) -> tuple[Params, object, object]:
-        update, after = send(knobs, params, x, y, noise, memory)
+        update, after, _ = send(knobs, params, x, y, noise, memory, draws, {})
         return *first.rule.update(params, rule, update, lr), after
 
     stacked = tree.nested_map(lambda *v: torch.stack(v), *noise)
     lanes = vmap(one, randomness="error")
-    params, rule, memory = lanes(knobs, state.params, state.rule, state.memory[0], x, y, stacked)
-    return State(params, rule, (memory,), state.taken + 1, state.round + 1)
+    drawn = tree.nested_map(lambda *v: torch.stack(v), *draws)
+    params, rule, memory = lanes(knobs, state.params, state.rule, state.memory[0], x, y, stacked, drawn)
+    return State(params, rule, (memory,), state.taken + 1, state.round + 1, {}, {})

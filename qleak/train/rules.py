@@ -80,3 +80,33 @@ def adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Rule:
         return params, AdamState(steps, first, second)
 
     return Rule(init, update)
+
+
+class AdadeltaState(NamedTuple):
+    """Running means of squared gradients and of squared steps."""
+
+    squares: Params
+    steps: Params
+
+
+@factory
+def adadelta(rho: float = 0.9, eps: float = 1e-6) -> Rule:
+    """Zeiler 2012, Algorithm 1: `torch.optim.Adadelta`, with rho in [0, 1] and eps > 0.
+
+    s ← ρs + (1−ρ)g², Δ = g·√(d + eps)/√(s + eps), d ← ρd + (1−ρ)Δ², p ← p − lr·Δ: a step hardly depends on how large
+    gradients are, so noise much larger than they are does not make it diverge.
+    """
+    between(0, 1, rho=rho)
+    positive(eps=eps)
+
+    def init(params: Params) -> AdadeltaState:
+        zeros = {k: torch.zeros_like(v) for k, v in params.items()}
+        return AdadeltaState(zeros, zeros)
+
+    def update(params: Params, state: AdadeltaState, grads: Grads, lr: float) -> tuple[Params, AdadeltaState]:
+        squares = zip_map(lambda s, g: rho * s + (1 - rho) * g.square(), state.squares, grads)
+        move = zip_map(lambda g, s, d: g * ((d + eps).sqrt() / (s + eps).sqrt()), grads, squares, state.steps)
+        steps = zip_map(lambda d, m: rho * d + (1 - rho) * m.square(), state.steps, move)
+        return zip_map(lambda p, m: p - lr * m, params, move), AdadeltaState(squares, steps)
+
+    return Rule(init, update)
