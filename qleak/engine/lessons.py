@@ -15,7 +15,7 @@ from torch import Tensor
 from qleak import random, tree
 from qleak.plans import Training, from_json
 from qleak.plans.training import Member
-from qleak.train import federated, lanes, split
+from qleak.train import adaptive_rounds, federated, lanes, split
 from qleak.train.federated import Federation, State
 from qleak.train.measure import measure
 from qleak.train.schedules import factor
@@ -24,7 +24,7 @@ from qleak.types import Buffers, Dataset, Params, Tree
 COLUMNS = (
     "epoch", "round", "train_loss", "test_loss", "train_accuracy", "test_accuracy", "sent", "releases", "cpu_s",
 )  # fmt: skip
-ROBUST = "robust_accuracy"
+ROBUST, BOUND = "robust_accuracy", "clip_bound"
 UPDATE_L1 = "update_l1"
 EVERY = 0.5  # seconds between two signs of life
 
@@ -82,7 +82,8 @@ class Group(NamedTuple):
 
 def extras(plan: Training) -> tuple[str, ...]:
     """What is measured of an epoch where the plan asks for it."""
-    return (*([ROBUST] if plan.robust else []), *([UPDATE_L1] if plan.update_norms else []))
+    asked = {ROBUST: plan.robust, UPDATE_L1: plan.update_norms, BOUND: plan.clip_quantile}
+    return tuple(name for name, wanted in asked.items() if wanted)
 
 
 def columns(plan: Training) -> tuple[str, ...]:
@@ -130,7 +131,7 @@ def begin(plan: Training, members: tuple[Member, ...], device: str = "cpu") -> t
             plan.seed, seed, plan.sampling,
         )  # fmt: skip
         rounds = plan.epoch_rounds or federated.rounds_per_epoch(fed)
-        fed = replace(fed, lag=rounds if plan.sync == "epoch" else 0)
+        fed = replace(fed, lag=rounds if plan.sync == "epoch" else 0, adaptive=plan.adaptive())
         feds.append(fed)
         states.append(federated.start(fed, params))
     history = torch.full((len(members), plan.epochs + 1, len(columns(plan))), math.nan, dtype=torch.float64)
@@ -211,11 +212,16 @@ def _epoch(
         else:
             if not _finite(states[0]):
                 break
-            states = (federated.advance(feds[0], states[0], lr),)
+            states = (advance(feds[0], states[0], lr),)
         if time.monotonic() - said > EVERY:
             said = time.monotonic()
             yield Progress(epoch - 1, number + 1, total, float(last[2]), float(last[5]))
     yield Group(tuple(lanes.unstack(stacked, len(feds))) if stacked else states, group.history, snapshots)
+
+
+def advance(fed: Federation, state: State, lr: float) -> State:
+    """One round of one training."""
+    return adaptive_rounds.advance(fed, state, lr) if fed.adaptive else federated.advance(fed, state, lr)
 
 
 def _finite(state: State) -> bool:
@@ -234,6 +240,7 @@ def measured(plan: Training, feds: list[Federation], group: Group, bench: Bench,
             found = [train.loss, test.loss, train.accuracy, test.accuracy]
         counts = [float(state.taken.sum()), float(state.taken.max())]
         more = [*_robust(plan, fed, state, bench, found), *_update_l1(plan, fed, state, bench, found)]
+        more += [float(v) for v in state.bound.values()]
         line = [float(epoch), float(state.round), *found, *counts, *more, 0.0]
         history[i, epoch] = torch.tensor(line, dtype=torch.float64)
     return group._replace(history=history)

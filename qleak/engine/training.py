@@ -247,7 +247,7 @@ def estimate(plan: Training, device: str = "cpu", steps: int = 3) -> dict[str, f
         feds, group, bench = lessons.begin(plan, (Member(c, 0),), device)
         state, began = group.states[0], time.process_time()
         for _ in range(steps):
-            state = federated.advance(feds[0], state, plan.lr)
+            state = lessons.advance(feds[0], state, plan.lr)
         each = (time.process_time() - began) / steps
         began = time.process_time()
         lessons.measured(plan, feds, group, bench, 0)

@@ -11,6 +11,8 @@ from qleak.channels import Channel
 from qleak.check import Expected, at_least, between, one_of, positive, whole
 from qleak.client import gradient, guard, reasons
 from qleak.plans.base import Written, label, later
+from qleak.private.adaptive import Settings
+from qleak.train import adaptive_rounds
 from qleak.train.evasion import Evasion
 from qleak.train.rules import Rule, sgd
 from qleak.train.schedules import factor
@@ -69,6 +71,11 @@ class Training(Written):
             and sends the sum of its gradients since, a fault of a published implementation.
         test_limit: test images that are measured on, spread evenly over the set; 0 for all of them.
         update_norms: rows have the mean L1 norm of what a client puts into the channel, on one fixed batch.
+        clip_quantile: the clipping bound follows this quantile of the norms from round to round (Andrew et al. 2021), and
+            the noise follows the bound; 0 for the channel's own bound throughout. ε stays the channel's: the sum gets
+            more noise, so that sum and count together cost what it says.
+        clip_rate: η, the step in the logarithm of the bound.
+        clip_sigma: σ_b of the noise on the count; 0 for the paper's client.batch/20.
     """
 
     model: Model
@@ -101,6 +108,9 @@ class Training(Written):
     sync: str = later("step")
     test_limit: int = later(0)
     update_norms: bool = later(False)
+    clip_quantile: float = later(0.0)
+    clip_rate: float = later(0.2)
+    clip_sigma: float = later(0.0)
 
     kind: ClassVar[str] = "training"
 
@@ -130,6 +140,14 @@ class Training(Written):
                     f"its update has {self.client.rows} row axes, the channel joins {channel.joins}."
                 )
         guard(self.client, self.model, self.channels)
+        between(0, 1, clip_quantile=self.clip_quantile)
+        positive(clip_rate=self.clip_rate)
+        at_least(0, clip_sigma=self.clip_sigma)
+        if settings := self.adaptive():
+            if self.clients > 1 or self.lanes == "vmap":
+                raise Expected("Expected one client and lanes other than 'vmap' with an adaptive clipping bound.")
+            for channel in self.channels:
+                adaptive_rounds.check(self.client, channel, settings.sigma)
         whole(**{f"attack_rounds[{i}]": r for i, r in enumerate(self.attack_rounds)})
         at_least(1, **{f"attack_rounds[{i}]": r for i, r in enumerate(self.attack_rounds)})
         if bool(self.attack_rounds) != bool(self.attacks):
@@ -146,6 +164,13 @@ class Training(Written):
                     f"Expected adjacency 'add-or-remove-one' in {label(channel.spec)} with sampling='poisson': "
                     "its amplification is known for that one."
                 )
+
+    def adaptive(self) -> Settings | None:
+        """How the clipping bound follows the norms; None where it is fixed."""
+        if not self.clip_quantile:
+            return None
+        sigma = self.clip_sigma or self.client.batch / 20
+        return Settings(self.clip_quantile, self.clip_rate, sigma, self.client.batch)
 
     def per_round(self) -> int:
         """Clients that take part in a round: ⌈participation · C⌉ (up to rounding of the product)."""
@@ -175,6 +200,8 @@ class Training(Written):
             found["data"] += {"poisson": " · Poisson batches", "replacement": " · with replacement"}[self.sampling]
         if self.target_epsilon:
             found["training"] += f" · stops at ε {self.target_epsilon:g}"
+        if self.clip_quantile:
+            found["training"] += f" · bound at quantile {self.clip_quantile:g}"
         if self.robust:
             found["training"] += f" · robust to {short(self.robust.spec)}"
         if why := reasons(self.client, self.model, self.sampling):

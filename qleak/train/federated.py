@@ -19,6 +19,7 @@ from torch import Tensor
 from qleak import random, tree
 from qleak.channels import Channel
 from qleak.private import fused
+from qleak.private.adaptive import Settings
 from qleak.train.rules import Rule
 from qleak.types import Buffers, Client, Dataset, Message, Model, Params, Tree
 
@@ -34,6 +35,7 @@ class State(NamedTuple):
         round: rounds done, int64, 0-dim.
         anchor: the weights at which clients compute, where they lag behind the server's; {} where they do not.
         held: the updates the one client has summed since it got its weights; {} where it begins anew each round.
+        bound: the clipping bound of the next round, where it follows the norms; {} where it is fixed.
     """
 
     params: Params
@@ -43,6 +45,7 @@ class State(NamedTuple):
     round: Tensor
     anchor: Params
     held: Tree
+    bound: Tree
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Federation:
             probability `rate`) or "replacement" (each image of a batch is drawn anew from the whole shard).
         lag: rounds a client keeps its weights and sums its updates; 0: it gets the server's every round, and sends its
             own update. More than 0 is a fault that a published implementation has.
+        adaptive: how the clipping bound follows the norms (`adaptive_rounds.py`), None for a fixed one.
     """
 
     model: Model
@@ -73,6 +77,7 @@ class Federation:
     index: int
     sampling: str = "shuffle"
     lag: int = 0
+    adaptive: Settings | None = None
 
 
 def start(fed: Federation, params: Params) -> State:
@@ -84,7 +89,9 @@ def start(fed: Federation, params: Params) -> State:
     zero = torch.zeros((), dtype=torch.int64)
     lagging = {k: torch.zeros_like(v) for k, v in params.items()} if fed.lag else {}
     anchor = params if fed.lag else {}
-    return State(params, fed.rule.init(params), memory, torch.zeros(count, dtype=torch.int64), zero, anchor, lagging)
+    bound = {"bound": torch.tensor(fed.channel.stages[0].knobs["bound"])} if fed.adaptive else {}
+    taken = torch.zeros(count, dtype=torch.int64)
+    return State(params, fed.rule.init(params), memory, taken, zero, anchor, lagging, bound)
 
 
 def rounds_per_epoch(fed: Federation) -> int:
@@ -197,7 +204,7 @@ def advance(fed: Federation, state: State, lr: float) -> State:
         taken[client] += 1
     mean = tree.scale(total, 1 / len(members)) if len(members) > 1 else total
     params, rule = fed.rule.update(state.params, state.rule, mean, lr)
-    return State(params, rule, tuple(memory), taken, state.round + 1, anchor, held)
+    return State(params, rule, tuple(memory), taken, state.round + 1, anchor, held, {})
 
 
 def message_bits(channel: Channel, like: Tree) -> float:

@@ -94,14 +94,14 @@ def stack(states: Sequence[State]) -> State:
     first = states[0]
     parts = [(s.params, s.rule, s.memory) for s in states]
     params, rule, memory = tree.nested_map(lambda *v: torch.stack(v), *parts)
-    return State(params, rule, memory, first.taken, first.round, {}, {})
+    return State(params, rule, memory, first.taken, first.round, {}, {}, {})
 
 
 def unstack(state: State, lanes: int) -> list[State]:
     """The inverse of `stack`."""
     whole = (state.params, state.rule, state.memory)
     parts = [tree.nested_map(lambda v, i=i: v[i].clone(), whole) for i in range(lanes)]
-    return [State(params, rule, memory, state.taken, state.round, {}, {}) for params, rule, memory in parts]
+    return [State(params, rule, memory, state.taken, state.round, {}, {}, {}) for params, rule, memory in parts]
 
 
 def advance(feds: Sequence[Federation], state: State, lr: float) -> State:
@@ -126,4 +126,4 @@ def advance(feds: Sequence[Federation], state: State, lr: float) -> State:
     lanes = vmap(one, randomness="error")
     drawn = tree.nested_map(lambda *v: torch.stack(v), *draws)
     params, rule, memory = lanes(knobs, state.params, state.rule, state.memory[0], x, y, stacked, drawn)
-    return State(params, rule, (memory,), state.taken + 1, state.round + 1, {}, {})
+    return State(params, rule, (memory,), state.taken + 1, state.round + 1, {}, {}, {})
