@@ -6,7 +6,7 @@ thread each, and each is charged its own processor time. PSNR is qleak's on both
 truth. Every repetition has photographs of its own.
 
 1. Deep leakage (image and label, L-BFGS) on the sigmoid LeNet: breaching one image after another from one start;
-   `dlg` (the same algorithm, iterations and first starts), `cells` as it is and in a third of its closures ("short"), each
+   `dlg` (the same algorithm, iterations and first starts), `cells` as it is and in a quarter of its closures ("short"), each
    as one batch of 16 lanes on the same images.
 2. Inverting gradients on two nets at equal steps and total variation: one lane, and one batch of 8 lanes.
 
@@ -183,7 +183,7 @@ def leakage(rival: Rival, which: Case, images: range, outer: int, same: bool) ->
     """Part 1, one repetition; `dlg` takes part only where `same`, for it takes longest."""
     lanes = [(i, s) for i in images for s in range(16 // len(images))]
     out = [Tally("breaching deepleakage"), Tally("cells"), Tally("cells, short"), Tally("dlg")][: 3 + same]
-    attacks = (cells(), cells(stages=3, steps=60, last=60), dlg(outer=outer))
+    attacks = (cells(), cells(stages=3, steps=50, last=50), dlg(outer=outer))
     own = [Own(t, which, attack, lanes) for t, attack in zip(out[1:], attacks, strict=False)]
     for turn, i in enumerate(images):
         rival.attack(out[0], which, "deepleakage", i, 0, [f"optim.max_iterations={outer}"])

@@ -5,6 +5,17 @@ its eight tensors, and the server takes an Adadelta step. Nothing bounds a gradi
 nominal one stands beside the norm that was measured. The second part divides the noise by √8.
 `--sync epoch` is the code as it was written, bug for bug: the client keeps its weights for an epoch and sends the sum of
 its gradients since.
+
+Measured (6,400 digits, 100 steps, three seeds, test accuracy at nominal ε 0.1, 0.5, 1, 10, 100, 1000): 5.8, 16.3, 32.2, 84.2,
+93.0, 95.1 % unscaled, 9.5, 45.1, 69.3, 87.6, 94.8, 95.1 % divided by √8, 94.8 % without noise. The L1 norm of one update is
+400 to 2,300, where the label assumes 1.
+
+Claims:
+    unscaled fp32 training test_accuracy >= 0.93
+    unscaled nominal_laplace(eps=0.1) training test_accuracy <= 0.15
+    unscaled nominal_laplace(eps=10.0) training test_accuracy >= 0.75
+    unscaled nominal_laplace training test_accuracy <= 0.5
+    scaled nominal_laplace(by_tensors=True) training test_accuracy >= 0.6
 """
 
 from qleak.catalog import build
