@@ -3,6 +3,20 @@
 DP-SGD on LeNet-5: Poisson batches of 256 expected images of 12,800, every gradient clipped to 1, Gaussian noise on the sum,
 250 steps. Batch norm by public images alone keeps each example's gradient its own, so that ε holds; group norm needs no
 public images. Adversarial images are made of each image by itself, in front of its gradient, and cost no privacy.
+
+Measured (three seeds; σ 0.8, 1.5, 4 are ε 3.54, 0.965, 0.276; test accuracy, and under PGD of radius 0.03): 89.0, 87.4, 74.4 %
+(80.1, 76.2, 23.3) without a norm, 92.3, 91.0, 82.9 (84.9, 82.2, 62.9) with public batch norm, 94.8, 92.9, 87.7 (83.1, 78.5,
+55.6) with group norm. Norms help most where noise is largest; group norm is the most accurate and needs no public image,
+public batch norm stands attacks best.
+
+Claims:
+    none clip_l2 > total > gaussian(sigma=4.0) > mean(batch=256) training test_accuracy <= 0.8
+    public clip_l2 > total > gaussian(sigma=4.0) > mean(batch=256) training test_accuracy >= 0.79
+    group clip_l2 > total > gaussian(sigma=4.0) > mean(batch=256) training test_accuracy >= 0.82
+    public clip_l2 > total > gaussian(sigma=4.0) > mean(batch=256) training robust_accuracy >= 0.5
+    none clip_l2 > total > gaussian(sigma=4.0) > mean(batch=256) training robust_accuracy <= 0.35
+    group clip_l2 > total > gaussian(sigma=0.8) > mean(batch=256) training test_accuracy >= 0.93
+    group clip_l2 > total > gaussian(sigma=0.8) > mean(batch=256) training epsilon <= 3.55
 """
 
 from qleak.catalog import build
