@@ -3,6 +3,14 @@
 See through Gradients (Yin et al., CVPR 2021) pulls the statistics of its guess towards known ones: those of the secret
 batch itself, where clients share them as buffers of their model, or the running ones of a trained net. Beside it stands
 inverting gradients, which has no use for either.
+
+Measured (batches of 4, 300 closures, untrained ResNet-8): nothing is rebuilt either way, see through gradients 7.0 dB
+without and 8.1 with the batch's statistics, inverting gradients 9.0: at this budget neither shows what the statistics give
+away, which is no proof that they give away little.
+
+Claims (--data cifar10-12k):
+    shared-batch fp32 see_through psnr_selected <= 12
+    shared-none fp32 see_through psnr_selected <= 12
 """
 
 from qleak.attacks import inverting_gradients, see_through

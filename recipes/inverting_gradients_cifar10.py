@@ -2,6 +2,14 @@
 
 Geiping, Bauermeister, Dröge, Moeller (NeurIPS 2020) attack residual nets on CIFAR-10, untrained and trained, with batch
 norm by running statistics. `--model run:ID` takes a net that a training run wrote.
+
+Measured (untrained, 8 images spread over 12,000): ResNet-20 15.2 dB with 600 steps, 15.0 with a tenth of the total variation
+and the best of four starts by their own loss (`--variation 0.001 --restarts 4`; 15.2 by the truth: starts are not what limits
+it), the prior alone 10.9; ConvNet-64 16.3 on two images. More steps (1,200, 1,600) gave no more.
+
+Claims (--data cifar10-12k):
+    fp32 inverting_gradients psnr_selected >= 14
+    fp32 inverting_gradients psnr_selected <= 17
 """
 
 from qleak.attacks import inverting_gradients, modern
