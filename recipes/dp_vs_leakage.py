@@ -5,6 +5,20 @@ is not trusted), and DP-SGD (every example's gradient shortened, noise on their 
 leaks most: one image, untrained weights, an attacker who knows the channel; in DP-SGD the batch holds that image alone
 and the sum is still divided by the batch of the training. Two ε stand beside each other: of that one message, and of the
 whole training at δ = 1e-5.
+
+Measured (four digits, ReLU convnet of width 8; 92.8 % and 22.3 dB, 3 of 4 rebuilt, without noise): pictures are gone while
+accuracy is not. At an ε of one message of 10⁶ Laplace noise leaves 18.6 dB (1 of 4) at 89.3 %, Gaussian 22.0 dB (4 of 4) at
+92.6 %; at 3,000 nothing is rebuilt (10.5 dB, the prior's level) at 86.7 and 84.6 %. Labels go much later: all found at 92,
+half at 4. What a training costs decides the rest: DP-SGD has 78.8 % at ε 0.91 of the whole training, clients who add their
+own noise are at chance at ε 520 and more.
+
+Claims:
+    fp32 study psnr >= 18
+    clip_l2 > total > gaussian > mean(batch=64) study psnr <= 14
+    clip_l2 > total > gaussian > mean(batch=64) study test_accuracy >= 0.7
+    clip_l1(bound=10.0) > laplace(eps=3000.0) study psnr <= 14
+    clip_l1(bound=10.0) > laplace(eps=3000.0) study test_accuracy >= 0.82
+    clip_l2 > gaussian study test_accuracy <= 0.2
 """
 
 from qleak.catalog import build, several
