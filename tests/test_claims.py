@@ -57,7 +57,7 @@ def test_claims_may_name_their_flags(verify):
 # Built, tried at small size, and not measured at its default size yet, or for lack of its data: no number, no claim.
 UNMEASURED = {
     "dlg_cifar100", "idlg_cifar100", "idlg_lfw",
-    "dp_batchnorm_pgd", "laplace_fl_honest",
+    "laplace_fl_honest",
 }  # fmt: skip
 
 
