@@ -8,6 +8,16 @@ one message, the same for both mechanisms; ε of the whole training at δ = 1e-5
 By arithmetic, not by measurement: Laplace noise of scale β on d coordinates has the L2 norm √(2d)·β, 1549·β for this net.
 A local message has β = 2S/eps and a signal of L2 norm at most S, so that the noise is 3098/eps times longer than the
 longest signal there is; and an update of even entries is √d, 1095 times, shorter in L2 than its L1 bound.
+
+Measured (20 rounds, three seeds; ε of one message 1, 10, 100; test accuracy): Laplace noise learns nothing at any of them,
+local (11 %) or central (6.5, 6.9, 8.2 %). Gaussian noise: local 8.3, 11.9, 42.0 % of 81.1 (ε of the training 2.7, 32, 441),
+central 18.9, 56.7, 65.7 % of 77.7 (0.037, 4.8, 221).
+
+Claims:
+    local clip_l1 > laplace(eps=100.0) training test_accuracy <= 0.2
+    central clip_l1 > total > laplace(eps=100.0) > mean(batch=64) training test_accuracy <= 0.2
+    central clip_l2 > total > gaussian(sigma=0.5) > mean(batch=64) training test_accuracy >= 0.45
+    local clip_l2 > gaussian training test_accuracy <= 0.2
 """
 
 from qleak.catalog import build

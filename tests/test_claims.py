@@ -54,10 +54,9 @@ def test_claims_may_name_their_flags(verify):
     assert verify.flags("Claims:\n    fp32 dlg psnr_selected >= 4\n") == []
 
 
-# Built, tried at small size, and not measured at its default size yet, or for lack of its data: no number, no claim.
+# Built, tried on other sets, and not measured for lack of their own: no number, no claim.
 UNMEASURED = {
     "dlg_cifar100", "idlg_cifar100", "idlg_lfw",
-    "laplace_fl_honest",
 }  # fmt: skip
 
 
