@@ -113,13 +113,13 @@ Pair = tuple[Tensor, Callable[[Tensor], Tensor]]  # squared norms [b], and f [b]
 def _instance(g: Tensor, shape: tuple[int, ...] | None = None) -> Pair:
     """Of gradients `[b …]` as they are."""
     flat = g.flatten(1)
-    return flat.square().sum(1), lambda f: (f.to(g.dtype) @ flat).view(shape or g.shape[1:])
+    return _squared(flat, 1), lambda f: (f.to(g.dtype) @ flat).view(shape or g.shape[1:])
 
 
 def _linear(a: Tensor, d: Tensor) -> Pair:
     """`a [b … i]`, `d [b … o]`: ‖D‖²‖A‖² of one position, else by Gram matrices or by instance."""
     if a.ndim == 2:
-        return d.square().sum(1) * a.square().sum(1), lambda f: (d * f[:, None]).mT @ a
+        return _squared(d, 1) * _squared(a, 1), lambda f: (d * f[:, None]).mT @ a
     a, d = a.flatten(1, -2), d.flatten(1, -2)
     if not _gram_wins(d.shape[1], d.shape[2], a.shape[2]):
         return _instance(d.mT @ a)
@@ -167,7 +167,12 @@ def _bands(blocks: Sequence[tuple[Tensor, Tensor]], shape: tuple[int, ...], stri
             band.append(slopes @ flat[:, :, i * wide : i * wide + many].mT)
     g = torch.cat([v for band in found for v in band]).view(shape[2], -1, shape[0] * shape[1] * shape[3])  # k b o·c·k
     split = (shape[2], shape[0], shape[1], shape[3])
-    return g.square().sum((0, 2)), lambda f: (f.to(g.dtype) @ g).view(split).permute(1, 2, 0, 3)
+    return _squared(g, (0, 2)), lambda f: (f.to(g.dtype) @ g).view(split).permute(1, 2, 0, 3)
+
+
+def _squared(g: Tensor, over: int | tuple[int, ...]) -> Tensor:
+    """Σ g² without the squares in memory."""
+    return torch.linalg.vector_norm(g, dim=over).square()
 
 
 def _gram_wins(positions: int, out: int, width: int) -> bool:
