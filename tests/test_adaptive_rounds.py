@@ -43,7 +43,7 @@ def test_one_round_by_hand():
         summed = torch.einsum("b...,b->...", v, factor) + size * noise[1][0][k]
         assert torch.allclose(after.params[k], state.params[k] - 0.5 * summed / 64, atol=1e-9)
     coin = random.normal(random.generator(0, "count", 0, 0), ())
-    share = ((norms <= 0.05).sum() + 5.0 * coin) / 64
+    share = 0.5 + ((norms <= 0.05).sum() - len(x) / 2 + 5.0 * coin) / 64
     assert float(after.bound["bound"]) == pytest.approx(0.05 * math.exp(-0.2 * (float(share) - 0.5)), rel=1e-6)
 
 

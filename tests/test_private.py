@@ -395,9 +395,21 @@ def test_the_bound_is_updated_by_the_papers_formula():
     settings = adaptive.Settings(quantile=0.3, rate=0.2, sigma=2.0, batch=10)
     norms = torch.tensor([0.5, 1.5, 0.9, 1.0])
     after = adaptive.update(settings, adaptive.start(settings, 1.0), norms, torch.tensor(0.7))
-    assert float(after.bound) == pytest.approx(math.exp(-0.2 * ((3 + 1.4) / 10 - 0.3)))
+    assert float(after.bound) == pytest.approx(math.exp(-0.2 * (0.5 + (3 - 4 / 2 + 1.4) / 10 - 0.3)))
     empty = adaptive.update(settings, adaptive.start(settings, 1.0), norms[:0], torch.tensor(0.0))
-    assert float(empty.bound) == pytest.approx(math.exp(0.06))
+    assert float(empty.bound) == pytest.approx(math.exp(-0.2 * (0.5 - 0.3)))
+
+
+@pytest.mark.parametrize("norm", [0.2, 5.0])
+def test_one_example_moves_the_count_by_half(norm):
+    """The sensitivity that `multiplier` pays for: uncentred, an example that is not clipped would move it by 1."""
+    settings, bound, noise = adaptive.Settings(batch=10), torch.tensor(1.0), torch.tensor(0.3)
+    norms = torch.tensor([0.5, 1.5, 0.9])
+    more = torch.cat([norms, torch.tensor([norm])])
+    moved = settings.batch * (
+        adaptive.share(settings, more, bound, noise) - adaptive.share(settings, norms, bound, noise)
+    )
+    assert abs(float(moved)) == pytest.approx(0.5)
 
 
 def test_the_noise_is_shared_so_that_both_queries_cost_one():

@@ -49,8 +49,12 @@ def start(settings: Settings, bound: float = 0.1) -> State:
 
 
 def share(settings: Settings, norms: Tensor, bound: Tensor, noise: Tensor) -> Tensor:
-    """b̃ = (Σ_b 1[‖g_b‖ ≤ C] + σ_b·noise)/B of norms `[b]` (b may be 0) and one standard normal draw, 0-dim."""
-    return ((norms <= bound).sum() + settings.sigma * noise) / settings.batch
+    """b̃ = ½ + (Σ_b (1[‖g_b‖ ≤ C] − ½) + σ_b·noise)/B of norms `[b]` (b may be 0) and one standard normal draw, 0-dim.
+
+    Terms are centred, so that an example added or removed moves the sum by ½: uncentred it would be by 1, and σ_b would
+    have to be twice as large for what `multiplier` counts.
+    """
+    return 0.5 + (((norms <= bound).to(noise.dtype) - 0.5).sum() + settings.sigma * noise) / settings.batch
 
 
 def update(settings: Settings, state: State, norms: Tensor, noise: Tensor) -> State:
