@@ -74,6 +74,11 @@ def to(a: Tree, *args: torch.device | torch.dtype | str) -> Tree:
     return {k: v.to(*args) for k, v in a.items()}  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
+def cast(a: Tree, dtype: torch.dtype) -> Tree:
+    """Floating tensors in `dtype`; indices, keys and masks of other kinds as they are."""
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in a.items()}
+
+
 def ravel(a: Tree) -> tuple[Tensor, Callable[[Tensor], Tree]]:
     """A vector `[d]` of all entries in key order, and the function that takes `[… d]` back to a tree."""
     vector, shapes = pack(list(a.values()), "*")

@@ -26,6 +26,7 @@ from qleak.channels import chain, clip_l2, mean, total
 from qleak.client import adversarial, per_example, per_loss, weight_noise
 from qleak.models import lenet5, public_norm, resnet18
 from qleak.plans import Study, Training
+from qleak.plans.levels import levels
 from qleak.train import sgd
 
 
@@ -76,9 +77,9 @@ def dp_batchnorm_pgd(
     steps, public = (40, "kmnist") if full and public == "fashion_mnist" else (adv_num_steps, public)
     grey = "mnist" in dataset
     names, parts = [], []
-    for multiplier in (float(m) for m in noise_multiplier.split(",")):
+    for multiplier in levels(noise_multiplier, "noise_multiplier"):
         for norm in normalization.split(","):
-            for rate in [float(r) for r in tune_lr.split(",") if r] or [lr or (0.1 if multiplier <= 1 else 0.01)]:
+            for rate in levels(tune_lr, "tune_lr") if tune_lr else [lr or (0.1 if multiplier <= 1 else 0.01)]:
                 net = lenet5(function="relu", pool="max", norm=norm) if grey else resnet18(norm=norm, affine=False)
                 if norm == "batch":
                     net = public_norm(net, "joint", public, public_size)

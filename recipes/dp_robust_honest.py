@@ -21,9 +21,11 @@ Claims:
 
 from qleak.catalog import build
 from qleak.channels import chain, clip_l2, gaussian, mean, total
+from qleak.check import one_of
 from qleak.client import adversarial, per_example
 from qleak.models import lenet5, public_norm
 from qleak.plans import Study, Training
+from qleak.plans.levels import levels
 from qleak.train import sgd
 
 
@@ -71,8 +73,10 @@ def dp_robust_honest(
     batch_norm = lenet5(function="relu", pool="max", norm="batch")
     nets["public"] = public_norm(batch_norm, "public-detached", public, public_size)
     client = per_example(batch)
-    channels = [chain(clip_l2(clip), total(), gaussian(sigma=float(z) * clip), mean(batch)) for z in sigma.split(",")]
-    names = tuple(normalization.split(","))
+    channels = [chain(clip_l2(clip), total(), gaussian(sigma=z * clip), mean(batch)) for z in levels(sigma, "sigma")]
+    names = tuple(name.strip() for name in normalization.split(","))
+    for name in names:
+        one_of(sorted(nets), normalization=name)
     parts = [
         Training(
             model=nets[name],

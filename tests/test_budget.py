@@ -5,12 +5,14 @@ from safetensors import safe_open
 
 from qleak import ledger, models, store
 from qleak.accounting import epsilon
+from qleak.attacks import dlg
 from qleak.calibration import steps_within
 from qleak.channels import chain, clip_l2, gaussian, laplace, mean, total
 from qleak.check import Expected
-from qleak.client import per_example
-from qleak.engine import training
-from qleak.plans import Training, from_json
+from qleak.cli.recipes import load
+from qleak.client import per_example, weight_noise
+from qleak.engine import audit, training
+from qleak.plans import Audit, Training, from_json
 from qleak.train.evasion import pgd
 from qleak.train.schedules import factor
 
@@ -100,3 +102,32 @@ def test_schedules():
     for wrong in ("decay(0)", "decay(2)", "linear"):
         with pytest.raises(Expected, match="schedule="):
             factor(wrong, 0, 1, 1)
+
+
+def test_a_budget_that_all_rounds_fit_stops_nothing(tmp_path):
+    rows, _ = run(plan(target_epsilon=50.0, epochs=1), tmp_path / "d")
+    assert rows[-1]["round"] == 10 and rows[-1]["status"] == "ok"
+
+
+def test_audited_rounds_are_counted_by_the_plans_own_epochs(tmp_path):
+    changes = {"target_epsilon": 0.0, "epochs": 1, "epoch_rounds": 3, "attacks": (dlg(outer=1),)}
+    with pytest.raises(Expected, match="attack_rounds <= 3"):
+        run(plan(attack_rounds=(4,), **changes), tmp_path / "e")
+
+
+def test_an_audit_leaves_a_clients_integer_draws_whole():
+    """Cast to a float, a key of 62 bits would be another one, or fail."""
+    chosen = {"model": models.mlp(hidden=(4,)), "data": "mnist5k", "victims": (0,), "attacks": (dlg(outer=1),)}
+    noisy = Audit(channels=(chain(total()),), client=weight_noise(per_example(batch=1)), **chosen)
+    plain = Audit(channels=(chain(total()),), client=per_example(batch=1), **chosen)
+    sent, clean = (audit.prepare(p).messages[0][0].code for p in (noisy, plain))
+    assert all(v.isfinite().all() for v in sent.values()) and any(not sent[k].equal(clean[k]) for k in sent)
+
+
+@pytest.mark.parametrize(("name", "flags"), [
+    ("dp_batchnorm_pgd", {"noise_multiplier": "ten"}), ("dp_batchnorm_pgd", {"tune_lr": "0.1,x"}),
+    ("dp_robust_honest", {"sigma": "-1"}), ("dp_robust_honest", {"normalization": "instance"}),
+])  # fmt: skip
+def test_wrong_lists_in_flags_are_one_line(name, flags):
+    with pytest.raises(Expected, match=next(iter(flags))):
+        load(name)[0](**flags)

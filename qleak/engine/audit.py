@@ -50,14 +50,11 @@ def prepare(plan: Audit) -> Prepared:
     images = data.load(plan.data)
     x, y = _victims(plan, images.x, images.y)
     params, buffers = plan.model.init(random.generator(plan.model_seed, "params"))
-    params, buffers = (
-        tree.to(params, dtype),
-        {k: v.to(dtype) if v.is_floating_point() else v for k, v in buffers.items()},
-    )
+    params, buffers = tree.cast(params, dtype), tree.cast(buffers, dtype)
     updates = []
     for i, a, b in zip(plan.victims, x, y, strict=True):
         draws = plan.client.draw(random.generator(plan.seed, "client", i), plan.model, len(a), 1.0)
-        updates.append(plan.client.update(plan.model, params, buffers, a.to(dtype), b, tree.to(draws, dtype)))
+        updates.append(plan.client.update(plan.model, params, buffers, a.to(dtype), b, tree.cast(draws, dtype)))
     for update in updates:
         finite(gradient=update)
     messages, bits, coded, eps = [], [], [], []

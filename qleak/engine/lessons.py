@@ -109,7 +109,7 @@ def weights(plan: Training, seed: int) -> tuple[Params, Buffers]:
     """The weights that seed index `seed` begins with, in the plan's dtype."""
     dtype = getattr(torch, plan.dtype)
     params, buffers = plan.model.init(random.generator(plan.model_seed, "params", seed))
-    return tree.to(params, dtype), {k: v.to(dtype) if v.is_floating_point() else v for k, v in buffers.items()}
+    return tree.cast(params, dtype), tree.cast(buffers, dtype)
 
 
 def shards(plan: Training, train: Dataset, seed: int) -> list[Tensor]:
@@ -130,16 +130,13 @@ def begin(plan: Training, members: tuple[Member, ...], device: str = "cpu") -> t
             plan.model, buffers, plan.client, plan.channels[channel], plan.rule, train, shards(plan, train, seed), plan.per_round(),
             plan.seed, seed, plan.sampling,
         )  # fmt: skip
-        rounds = plan.epoch_rounds or federated.rounds_per_epoch(fed)
-        fed = replace(fed, lag=rounds if plan.sync == "epoch" else 0, adaptive=plan.adaptive())
+        lag = plan.rounds([len(s) for s in fed.shards]) if plan.sync == "epoch" else 0
+        fed = replace(fed, lag=lag, adaptive=plan.adaptive())
         feds.append(fed)
         states.append(federated.start(fed, params))
     history = torch.full((len(members), plan.epochs + 1, len(columns(plan))), math.nan, dtype=torch.float64)
-    return (
-        feds,
-        Group(tuple(states), history, {}),
-        Bench(probe, test, plan.epoch_rounds or federated.rounds_per_epoch(feds[0])),
-    )
+    rounds = plan.rounds([len(s) for s in feds[0].shards])
+    return feds, Group(tuple(states), history, {}), Bench(probe, test, rounds)
 
 
 def dump(group: Group) -> bytes:

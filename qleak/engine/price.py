@@ -30,7 +30,7 @@ class Price:
             from dp_accounting import PoissonSampledDpEvent  # lazy: two seconds with scipy.signal
 
             events = [event and PoissonSampledDpEvent(rate, event) for event in events]
-        each = plan.epoch_rounds or federated.round_count(sizes[: plan.clients], plan.per_round(), plan.client.batch)
+        rounds = plan.epochs * plan.rounds(sizes[: plan.clients])
         self.events = events
         self.claimed = functools.lru_cache(maxsize=None)(
             lambda releases: claimed(plan.client.claimed, rate, releases, plan.delta) if releases else None
@@ -38,7 +38,7 @@ class Price:
         self.epsilon = functools.lru_cache(maxsize=None)(
             lambda channel, releases: epsilon(events[channel], plan.delta, releases) if releases else None
         )
-        self.budget = functools.lru_cache(maxsize=None)(lambda c: budget(plan, c, events[c], plan.epochs * each))
+        self.budget = functools.lru_cache(maxsize=None)(lambda c: budget(plan, c, events[c], rounds))
 
     def ledger(self, channel: int, releases: int) -> str:
         """What a client of that channel has released, to be accounted again by anyone; "" without a guarantee."""
@@ -47,7 +47,7 @@ class Price:
 
 
 def budget(plan: Training, channel: int, event: Any, rounds: int) -> int:
-    """Messages of `rounds` a client may send until ε would exceed the plan's target; 0 where the plan sets none.
+    """Messages a client may send until ε would exceed the plan's target; 0 where it sets none, or all `rounds` fit.
 
     Raises:
         Expected: the channel has no ε to stop at, or one message already costs more.
@@ -65,4 +65,4 @@ def budget(plan: Training, channel: int, event: Any, rounds: int) -> int:
             f"Expected target_epsilon={plan.target_epsilon:g} >= {epsilon(event, plan.delta):.3g}, "
             f"what one message through {name} costs."
         )
-    return found
+    return found if found < rounds else 0

@@ -100,7 +100,7 @@ def _fits(plan: Training) -> tuple[Params, str, list[int]]:
     dealt = [lessons.shards(plan, train, seed) for seed in range(plan.seeds)]
     if plan.attack_rounds:
         held = len(data.load(plan.data).x)
-        last = plan.epochs * federated.round_count([len(s) for s in dealt[0]], plan.per_round(), plan.client.batch)
+        last = plan.epochs * plan.rounds([len(s) for s in dealt[0]])
         if max(plan.attack_rounds) > last:
             raise Expected(f"Expected attack_rounds <= {last}, the last round, got {max(plan.attack_rounds)}.")
         if plan.victims * plan.client.batch > held:

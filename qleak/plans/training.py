@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
@@ -14,6 +15,7 @@ from qleak.plans.base import Written, label, later
 from qleak.private.adaptive import Settings
 from qleak.train import adaptive_rounds
 from qleak.train.evasion import Evasion
+from qleak.train.federated import round_count
 from qleak.train.rules import Rule, sgd
 from qleak.train.schedules import factor
 from qleak.train.split import parse
@@ -175,6 +177,10 @@ class Training(Written):
     def per_round(self) -> int:
         """Clients that take part in a round: ⌈participation · C⌉ (up to rounding of the product)."""
         return max(1, math.ceil(self.participation * self.clients - 1e-9))
+
+    def rounds(self, sizes: Sequence[int]) -> int:
+        """Rounds of an epoch, for shards of these sizes."""
+        return self.epoch_rounds or round_count(sizes, self.per_round(), self.client.batch)
 
     def labels(self) -> list[str]:
         """Channel names for tables, e.g. "fp32", "uniform(bits=8)"."""

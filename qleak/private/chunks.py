@@ -63,10 +63,18 @@ def clipped_sum(
 def shrunk_sum(g: Tree, shrink: Shrink, knobs: Mapping[str, Tensor]) -> tuple[Tree, Tensor]:
     """(Σ_b f(‖g_b‖)·g_b, norms) of gradients `[b …]`."""
     flat = {k: v.flatten(1) for k, v in g.items()}
-    each = torch.stack([(v.abs() if shrink.p == 1 else v.square()).sum(1) for v in flat.values()], -1)
+    factors, norm = weights(
+        {k: (v.abs() if shrink.p == 1 else v.square()).sum(1) for k, v in flat.items()}, shrink, knobs
+    )
+    sums = {k: factors[k].to(v.dtype) @ v for k, v in flat.items()}
+    return {k: v.view(g[k].shape[1:]) for k, v in sums.items()}, norm
+
+
+def weights(powers: Tree, shrink: Shrink, knobs: Mapping[str, Tensor]) -> tuple[Tree, Tensor]:
+    """(f `[b]` of every parameter, norms) from each parameter's Σ|g|ᵖ, `[b]`."""
+    each = torch.stack(list(powers.values()), -1)
     sizes = each if shrink.scope == "tensor" else each.sum(-1)
     norm = sizes if shrink.p == 1 else sizes.sqrt()
     factor = shrink.factor(knobs, norm)
-    rows = factor.unbind(-1) if shrink.scope == "tensor" else [factor] * len(flat)
-    sums = {k: f.to(v.dtype) @ v for f, (k, v) in zip(rows, flat.items(), strict=True)}
-    return {k: v.view(g[k].shape[1:]) for k, v in sums.items()}, norm
+    rows = factor.unbind(-1) if shrink.scope == "tensor" else [factor] * len(powers)
+    return dict(zip(powers, rows, strict=True)), norm

@@ -22,6 +22,7 @@ from torch.nn.grad import conv2d_weight
 
 from qleak.check import Expected
 from qleak.client import loss
+from qleak.private.chunks import weights
 from qleak.types import Buffers, Model, Owner, Params, Shrink, Tapped, Tree
 
 BLOCK = 1 << 19  # numbers of an unfolded input at a time: half as many cost calls, more leave a core's cache
@@ -54,11 +55,7 @@ def clipped_sum(
     slopes, inputs = opened(model, model.tapped, params, buffers, x, target)
     shares = [_share(layer, params, buffers, inputs[layer.name], slopes[layer.name]) for layer in model.tapped.layers]
     squares = {k: v for share in shares for k, v in share.squares.items()}
-    each = torch.stack([squares[k] for k in params], -1)
-    norm = (each if shrink.scope == "tensor" else each.sum(-1)).sqrt()
-    factor = shrink.factor(knobs, norm)
-    rows = factor.unbind(-1) if shrink.scope == "tensor" else [factor] * len(params)
-    factors = dict(zip(params, rows, strict=True))
+    factors, norm = weights({k: squares[k] for k in params}, shrink, knobs)
     sums = {k: v for share in shares for k, v in share.total(factors).items()}
     return {k: sums[k] for k in params}, norm
 

@@ -178,9 +178,7 @@ def sender(model: Model, buffers: Buffers, client: Client, channel: Channel) -> 
 def draws_of(fed: Federation, number: int, client: int, count: int, lr: float) -> Tree:
     """The client's own draws for one update (dropout, random starts), on the device and in the dtype of the data."""
     drawn = fed.client.draw(random.generator(fed.seed, "client", fed.index, number, client), fed.model, count, lr)
-    return {
-        k: v.to(fed.data.x.device, fed.data.x.dtype if v.is_floating_point() else v.dtype) for k, v in drawn.items()
-    }
+    return tree.to(tree.cast(drawn, fed.data.x.dtype), fed.data.x.device)
 
 
 def advance(fed: Federation, state: State, lr: float) -> State:
