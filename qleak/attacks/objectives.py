@@ -17,7 +17,6 @@ from torch.func import grad_and_value, vmap
 
 from qleak import tree
 from qleak.channels import Channel
-from qleak.channels.legs import likes_of
 from qleak.channels.repeat import Rounds
 from qleak.check import one_of
 from qleak.client import View
@@ -188,16 +187,13 @@ STILL = {"uniform": 0.5, "normal": 0.0, "laplace": 0.0}
 
 def _straight_through(view: View, knobs: Any, update: Tree, decoded: Tree) -> Tensor:
     channel, like = Channel(view.channel.legs), view.like
-    noise = []
-    for leg in channel.legs:
-        shapes = likes_of(leg.stages, {k: v.detach() for k, v in update.items()})
-        noise.append(
-            tuple(
-                {k: torch.full_like(v, STILL[stage.noise]) for k, v in shape.items()} if stage.noise else {}
-                for stage, shape in zip(leg.stages, shapes, strict=False)
-            )
-        )
     still = {k: v.detach() for k, v in update.items()}
+    noise = [
+        tuple({k: torch.full_like(v, STILL[s.noise or ""]) for k, v in shape.items()} for s, shape in pairs)
+        for pairs in (
+            zip(leg.stages, each, strict=True) for leg, each in zip(channel.legs, channel.draws(still), strict=True)
+        )
+    ]
     messages, _ = channel.send(knobs, still, tuple(noise), channel.init(like), like)
     sent = channel.receive(knobs, messages[-1], like)
     error = {k: u + (sent[k] - still[k]) - decoded[k] for k, u in update.items()}

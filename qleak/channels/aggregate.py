@@ -20,7 +20,8 @@ def total(adjacency: str = "add-or-remove-one") -> Stage:
     """The sum over rows (examples, clients, teachers): a join.
 
     Rows of norm at most C give a sum of sensitivity C when neighbouring data sets differ by one
-    row more or less, and 2C when one row is replaced.
+    row more or less, and 2C when one row is replaced, or what replacing it can change where that is less (√2 C of
+    rows without negative entries).
 
     Args:
         adjacency: "add-or-remove-one" or "replace-one".
@@ -38,7 +39,11 @@ def total(adjacency: str = "add-or-remove-one") -> Stage:
         if before.bound is None:
             return reset
         value = None if before.bound.value is None else factor * before.bound.value
-        return replace(reset, sensitivity=Bound(before.bound.p, value, cast(Adjacency, adjacency)))
+        alone = before.sensitivity
+        if adjacency == "replace-one" and alone and alone.value is not None and value is not None:
+            same = alone.p == before.bound.p and alone.adjacency == adjacency
+            value = min(value, alone.value) if same else value
+        return replace(reset, sensitivity=Bound(before.bound.p, value, cast(Adjacency, adjacency)), peak=before.peak)
 
     return Stage("total", "join", send, push, fold=fold)
 
@@ -59,7 +64,8 @@ def scale(factor: float = 1.0) -> Stage:
         return bound and replace(bound, value=None if bound.value is None else abs(factor) * bound.value)
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        return replace(before, bound=scaled(before.bound), sensitivity=scaled(before.sensitivity))
+        peak = None if before.peak is None else abs(factor) * before.peak
+        return replace(before, bound=scaled(before.bound), sensitivity=scaled(before.sensitivity), peak=peak)
 
     return Stage("scale", "value", send, push, fold=fold, knobs={"factor": float(factor)})
 

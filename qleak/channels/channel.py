@@ -64,6 +64,13 @@ class Channel:
         """The channel that ends with `leg`: what an observer of that leg sees."""
         return replace(self, legs=self.legs[: leg % len(self.legs) + 1])
 
+    def likes(self, like: Tree) -> list[Tree]:
+        """The tree of one row in front of every leg, and behind the last: value stages may change its shape."""
+        every = [like]
+        for leg in self.legs:
+            every.append(legs.carried(leg.stages, every[-1]))
+        return every
+
     # --- facts ---
 
     def facts(self, like: Tree | None = None) -> Facts:
@@ -71,6 +78,7 @@ class Channel:
         facts = Facts()
         for i, leg in enumerate(self.legs):
             facts = _fold(facts, leg.every, like)
+            like = legs.carried(leg.stages, like) if like is not None else None
             if i + 1 < len(self.legs):
                 facts = _closed(facts, leg)
         return facts
@@ -94,19 +102,24 @@ class Channel:
 
     def init(self, like: Tree, gen: Generator | None = None) -> tuple[Any, ...]:
         """The state of every stage; () for stateless ones."""
-        return tuple(tuple(s.init(like, gen) for s in leg.stages) for leg in self.legs)
+        return tuple(
+            tuple(s.init(legs.carried(leg.stages[:j], at), gen) for j, s in enumerate(leg.stages))
+            for leg, at in zip(self.legs, self.likes(like), strict=False)
+        )
 
     def draw(self, gen: Generator, like: Tree, rows: Sequence[int] = ()) -> Noise:
         """All noise of one lane: one call per stage, tensor and row, in that order."""
         noise = []
-        for i, leg in enumerate(self.legs):
-            shape, lead = like, tuple(rows[self.joins - self.depth(i) :])
-            drawn = []
-            for stage in leg.stages:
-                drawn.append({k: _rows(gen, stage.noise, lead, v) for k, v in shape.items()} if stage.noise else {})
-                shape = stage.shape(shape)
-            noise.append(tuple(drawn))
+        for i, shapes in enumerate(self.draws(like)):
+            lead, every = tuple(rows[self.joins - self.depth(i) :]), zip(self.legs[i].stages, shapes, strict=True)
+            noise.append(tuple({k: _rows(gen, s.noise or "", lead, v) for k, v in shape.items()} for s, shape in every))
         return tuple(noise)
+
+    def draws(self, like: Tree) -> Noise:
+        """The shapes of one row's noise, leg by leg and stage by stage; {} where a stage draws none."""
+        every = zip(self.legs, self.likes(like), strict=False)
+        pairs = [zip(leg.stages, legs.likes_of(leg.stages, at), strict=False) for leg, at in every]
+        return tuple(tuple(s.draws(shape) if s.noise else {} for s, shape in leg) for leg in pairs)
 
     def send(self, knobs: Knobs, rows: Tree, noise: Noise, state: Any, like: Tree) -> tuple[tuple[Message, ...], Any]:
         """One message per leg. `rows` carries `joins` leading axes; never draws.
@@ -114,7 +127,7 @@ class Channel:
         Raises:
             Expected: noise or rows do not have the shapes that `draw` and `like` say, or rows are of half precision.
         """
-        x, messages, states = rows, [], []
+        x, messages, states, likes = rows, [], [], self.likes(like)
         for k, v in rows.items():
             if v.dtype not in (torch.float32, torch.float64):
                 raise Expected(f"Expected rows[{k!r}] of float32 or float64, got {v.dtype}: convert it first.")
@@ -125,11 +138,12 @@ class Channel:
         for i, leg in enumerate(self.legs):
             if leg.join:
                 x = leg.join.send({}, x, {}, ())[0]
-            one_row = functools.partial(legs.send_leg, leg.stages, like)
+            one_row = functools.partial(legs.send_leg, leg.stages, likes[i])
             lead = next(iter(x.values())).shape[: self.depth(i)]
             if 0 in lead:  # an empty batch: nothing is sent, and the join behind it sums to zero
                 messages.append(Message({}, ()))
                 states.append(state[i])
+                x = {k: rows[next(iter(rows))].new_zeros(*lead, *v.shape) for k, v in likes[i + 1].items()}
                 continue
             mapped = _mapped(one_row, self.depth(i), (None, 0, 0, 0))
             message, after, x = mapped(knobs[i], x, noise[i], state[i])
@@ -138,10 +152,19 @@ class Channel:
         return tuple(messages), tuple(states)
 
     def receive(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> Tree:
-        """The server's dense numbers from one leg's message (row axes kept)."""
-        i = leg % len(self.legs)
-        decode = functools.partial(legs.receive_leg, self.legs[i].stages, like)
-        return _mapped(decode, self.depth(i), (None, 0))(knobs[i], message)
+        """The server's dense numbers from one leg's message (row axes kept), in the shape of `like`."""
+        i, likes = leg % len(self.legs), self.likes(like)
+
+        def decode(knobs: Knobs, message: Message) -> Tree:
+            return self._lifted(knobs, legs.receive_leg(self.legs[i].stages, likes[i], knobs[i], message), likes, i)
+
+        return _mapped(decode, self.depth(i), (None, 0))(knobs, message)
+
+    def _lifted(self, knobs: Knobs, x: Tree, likes: Sequence[Tree], leg: int) -> Tree:
+        """Dense numbers behind `leg` in the space of the client's row: what changed the shape, undone in reverse."""
+        for i in reversed(range(leg + 1)):
+            x = legs.lift_leg(self.legs[i].stages, likes[i], knobs[i], x)
+        return x
 
     def bits(self, message: Message, like: Tree, leg: int = -1, coded: bool = False) -> float:
         """Bits of one leg's message as sent: every code and all side information.
@@ -154,7 +177,7 @@ class Channel:
             return 0.0
         rows = math.prod(next(iter(message.code.values())).shape[: self.depth(i)])
         stages = self.legs[i].stages
-        likes = legs.likes_of(stages, like)
+        likes = legs.likes_of(stages, self.likes(like)[i])
         side = sum((s.cost(s.knobs, a, b) for s, a, b in zip(stages, likes, likes[1:], strict=False) if s.cost), 0.0)
         width = 32.0 if not stages or stages[-1].kind != "code" else self.upto(i).facts(like).width
         if coded and width < 32:  # numbers sent as they are have no symbols to count
@@ -178,7 +201,8 @@ class Channel:
 
     def moments(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> tuple[Tree, Tree]:
         """(where, variance) of the numbers in front of the leg, coordinate by coordinate, read as Gaussians."""
-        return legs.moments_leg(self.legs[leg % len(self.legs)].stages, like, knobs[leg], message)
+        i = leg % len(self.legs)
+        return legs.moments_leg(self.legs[i].stages, self.likes(like)[i], knobs[leg], message)
 
     def cell(self, knobs: Knobs, message: Message, like: Tree, leg: int = -1) -> tuple[Tree, Tree]:
         """Bounds on the value in front of the leg's own select and code stages, given the message.
@@ -192,7 +216,8 @@ class Channel:
             raise Expected(
                 f"Expected a leg of select and code stages only, got {[s.name for s in self.legs[i].stages]}."
             )
-        return _mapped(lambda k, m: legs.cell_leg(self.legs[i].stages, like, k, m), self.depth(i), (None, 0))(
+        at = self.likes(like)[i]
+        return _mapped(lambda k, m: legs.cell_leg(self.legs[i].stages, at, k, m), self.depth(i), (None, 0))(
             knobs[i], message
         )
 
@@ -207,24 +232,26 @@ class Channel:
         read as Gaussians: smooth, and close to the likelihood.
         """
         i = leg % len(self.legs)
-        belief = self._pushed(knobs, guess, like, i)
+        belief = self._pushed(knobs, guess, i)
         if join := self.legs[i].join:
             belief = join.push({}, belief, None)
         law = self.law(leg, like).law
-        read = functools.partial(legs.read_leg, self.legs[i].stages, like, law, moments=moments)
+        read = functools.partial(legs.read_leg, self.legs[i].stages, self.likes(like)[i], law, moments=moments)
         return _mapped(read, self.depth(i), (None, 0, 0))(knobs[i], message, belief).sum()
 
     def expect(self, knobs: Knobs, guess: Tree, like: Tree, leg: int = -1) -> Tree:
         """The mean of what the server decodes from one leg for the client's rows `guess`: linear stages applied."""
-        return self._pushed(knobs, guess, like, leg % len(self.legs) + 1).mean
+        i = leg % len(self.legs)
+        lift = functools.partial(self._lifted, likes=self.likes(like), leg=i)
+        return _mapped(lift, self.depth(i), (None, 0))(knobs, self._pushed(knobs, guess, i + 1).mean)
 
-    def _pushed(self, knobs: Knobs, guess: Tree, like: Tree, upto: int) -> Belief:
+    def _pushed(self, knobs: Knobs, guess: Tree, upto: int) -> Belief:
         """The guess behind the first `upto` legs."""
         belief = Belief(guess, {})
         for j, before in enumerate(self.legs[:upto]):
             if before.join:
                 belief = before.join.push({}, belief, None)
-            push = functools.partial(legs.push_leg, before.stages, like)
+            push = functools.partial(legs.push_leg, before.stages)
             belief = _mapped(push, self.depth(j), (None, 0))(knobs[j], belief)
         return belief
 
@@ -261,7 +288,7 @@ def _rows(gen: Generator, law: str, lead: tuple[int, ...], like: Tensor) -> Tens
 
 def _fold(facts: Facts, stages: Sequence[Stage], like: Tree | None) -> Facts:
     for stage in stages:
-        facts = stage.fold(facts, replace(facts, bound=None, sensitivity=None), like)
+        facts = stage.fold(facts, facts.reset(), like)
         like = stage.shape(like) if like is not None else None
     return facts
 

@@ -66,6 +66,24 @@ def automatic(bound: float = 1.0, gamma: float = 0.01) -> Stage:
     return _shrinking("automatic", Shrink(2, "all", factor), {"bound": bound, "gamma": gamma})
 
 
+@factory
+def unit() -> Stage:
+    """X / ‖x‖₂ over all tensors together: every row has length 1, and its direction is all it says.
+
+    A row of zeros stays zero, and so does one shorter than 1e-18, whose squares float32 cannot hold: scaling it up
+    would break the bound. Normalised gradients as in AUTO-V of Bu, Wang, Zha, Karypis, "Automatic Clipping" (NeurIPS
+    2023), here for rows of any kind.
+    """
+
+    def factor(knobs: Knobs, norm: Tensor) -> Tensor:
+        return torch.where(norm > LEAST, 1 / norm.clamp(min=LEAST), 0)
+
+    return _shrinking("unit", Shrink(2, "all", factor), {}, 1.0)
+
+
+LEAST = 1e-18
+
+
 def _threshold(knobs: Knobs, norm: Tensor) -> Tensor:
     return _least(knobs["bound"], norm)
 
@@ -74,9 +92,9 @@ def _least(bound: Tensor, norm: Tensor) -> Tensor:
     return (bound / norm.clamp(min=torch.finfo(norm.dtype).tiny)).clamp(max=1)
 
 
-def _shrinking(name: str, shrink: Shrink, knobs: dict[str, float]) -> Stage:
-    """The stage of one shrinking: its `bound` knob is the norm it promises."""
-    p, bound = shrink.p, knobs["bound"]
+def _shrinking(name: str, shrink: Shrink, knobs: dict[str, float], bound: float | None = None) -> Stage:
+    """The stage of one shrinking; the norm it promises is `bound`, or its knob of that name."""
+    p, bound = shrink.p, knobs["bound"] if bound is None else bound
 
     def send(knobs: Knobs, x: Tree, noise: Tree, state: Any) -> tuple[Tree, Side, Any]:
         return tree.zip_map(torch.mul, x, _factors(shrink, knobs, {k: _size(v, p) for k, v in x.items()})), {}, state

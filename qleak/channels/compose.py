@@ -52,7 +52,7 @@ def _bound(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     facts, settled = Facts(), []
     for stage in stages:
         settled.append(replace(stage.bind(facts), spec=stage.spec) if stage.bind else stage)
-        facts = settled[-1].fold(facts, replace(facts, bound=None, sensitivity=None), None)
+        facts = settled[-1].fold(facts, facts.reset(), None)
     return tuple(settled)
 
 

@@ -20,7 +20,7 @@ def send_leg(
     likes, sides, states = [], [], []
     shape = like
     for stage, knob, eps, memory in zip(stages, knobs, noise, state, strict=True):
-        if stage.noise and any(eps[k].shape != x[k].shape for k in x):
+        if stage.noise and any(eps[k].shape != v.shape for k, v in stage.draws(x).items()):
             raise Expected(
                 f"Expected noise of the shapes of {stage.name}'s input, got {[tuple(e.shape) for e in eps.values()]}."
             )
@@ -41,6 +41,21 @@ def likes_of(stages: Sequence[Stage], like: Tree) -> list[Tree]:
     return likes
 
 
+def carried(stages: Sequence[Stage], like: Tree) -> Tree:
+    """The `like` that a next leg starts from: value stages' shapes stay, what was selected and coded is dense again."""
+    for stage in stages:
+        like = stage.shape(like) if stage.kind == "value" else like
+    return like
+
+
+def lift_leg(stages: Sequence[Stage], like: Tree, knobs: Any, x: Tree) -> Tree:
+    """Dense numbers behind a leg back to the space in front of it: undoes the value stages that change the shape."""
+    likes = likes_of(stages, like)
+    for stage, before, knob in reversed(list(zip(stages, likes, knobs, strict=False))):
+        x = stage.lift(knob, x, before) if stage.lift else x
+    return x
+
+
 def receive_leg(stages: Sequence[Stage], like: Tree, knobs: Any, message: Message) -> Tree:
     """The server's dense numbers."""
     return decode(stages, likes_of(stages, like), knobs, message)
@@ -55,7 +70,7 @@ def decode(stages: Sequence[Stage], likes: Sequence[Tree], knobs: Any, message: 
     return x
 
 
-def push_leg(stages: Sequence[Stage], like: Tree, knobs: Any, belief: Belief) -> Belief:
+def push_leg(stages: Sequence[Stage], knobs: Any, belief: Belief) -> Belief:
     """Through a leg the attacker does not see: every stage in dense coordinates, by its moments."""
     for stage, knob in zip(stages, knobs, strict=True):
         belief = stage.push(knob, belief, None)

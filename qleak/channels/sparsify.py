@@ -57,8 +57,11 @@ def top_k(ratio: float | None = None, k: int | None = None, scope: str = "tensor
         return _masked(belief, index, scope)
 
     def fold(before: Facts, reset: Facts, like: Tree | None) -> Facts:
-        # Dropping coordinates shrinks every norm, so bounds that follow from it stay.
-        return replace(before, unbiased=False)
+        # Dropping coordinates shrinks every norm, so bounds that follow from it stay. A sensitivity alone does not:
+        # the support of two close sums may differ, and a coordinate that is kept in one of them counts in full.
+        twice = before.bound and replace(before.bound, adjacency="replace-one")
+        twice = twice and replace(twice, value=None if twice.value is None else 2 * twice.value)
+        return replace(before, sensitivity=twice, unbiased=False)
 
     def cost(knobs: dict, before: Tree, after: Tree) -> float:
         pairs = [(_joined(before, scope)[name].numel(), v.numel()) for name, v in after.items()]

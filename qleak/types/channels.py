@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Generator, Tensor
@@ -46,6 +46,8 @@ class Facts:
         event: the privacy event (`dp_accounting.DpEvent`) of releasing the value, or None.
         law: distribution of the noise the attacker has to read through.
         exact: the attacker's reading is the exact likelihood (given side information).
+        peak: L2 sensitivity of the maxima over the last axis, where it is known to be less than `sensitivity`: that of
+            a vote's winning counts.
     """
 
     bound: Bound | None = None
@@ -55,6 +57,11 @@ class Facts:
     event: Any = None
     law: Law = "none"
     exact: bool = True
+    peak: float | None = None
+
+    def reset(self) -> Facts:
+        """What is left in front of a stage that says nothing: no bound and no sensitivity."""
+        return replace(self, bound=None, sensitivity=None, peak=None)
 
 
 def _keep(before: Facts, reset: Facts, like: Tree | None) -> Facts:
@@ -114,9 +121,12 @@ class Stage:
         cost: `cost(knobs, before, after) -> bits` of this stage's side information, from the `like` it
             gets and the `like` it sends.
         shape: the `like` of what `send` returns.
+        lift: `lift(knobs, x, like) -> x`, for a value stage that changes the shape: back from what it sends to `like`.
+            It is applied once, by who receives: joins, noise and codes behind the stage work in the small space.
         init: `init(like, generator) -> state`; () if stateless.
         knobs: numbers that may become lanes.
         noise: which draw `send` needs, of the shape of its input.
+        draws: the `like` of that draw, where it is another than the input's.
         bind: `bind(facts in front) -> stage`: settles knobs that follow from a sensitivity, once, when
             the chain is built.
         shrink: set where `send` does no more than multiply a row by a factor of its norm.
@@ -133,11 +143,13 @@ class Stage:
     dropped: Callable[..., Tree] | None = None
     cost: Callable[..., float] | None = None
     shape: Callable[[Tree], Tree] = _same
+    lift: Callable[..., Tree] | None = None
     clear: Callable[..., Tree] | None = None
     moments: Callable[..., tuple[Tree, Tree]] | None = None
     init: Callable[[Tree, Generator | None], Any] = _stateless
     knobs: Mapping[str, float] = field(default_factory=dict)
     noise: Literal["uniform", "normal", "laplace"] | None = None
+    draws: Callable[[Tree], Tree] = _same
     bind: Callable[[Facts], Stage] | None = None
     shrink: Shrink | None = None
     spec: str = ""
