@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 import qleak
-from qleak.accounting import Epsilons, as_rate, both, claimed, epsilon, event, upper
+from qleak.accounting import (
+    Epsilons,
+    as_rate,
+    both,
+    claimed,
+    epsilon,
+    event,
+    exact_epsilon,
+    gaussian_mu,
+    mu_of,
+    upper,
+)
+from qleak.calibration import steps_within
 from qleak.check import Expected
 
 dp = pytest.importorskip("dp_accounting")
@@ -58,7 +70,7 @@ VECTORS = [
     (32 / 50000, 1.0, 31250, 0.782034, 0.53487),
     (0.01, 4.0, 10000, 1.03549, 0.94691),  # the setting of Abadi et al. 2016, who prove 1.26
     (256 / 60000, 1.1, 14062, 2.59656, 2.38160),  # TensorFlow Privacy's tutorial
-    (1, 1.0, 1, 4.72851, 4.37718),  # one Gaussian release, where PLD is the closed form
+    (1, 1.0, 1, 4.72851, 4.37718),  # one Gaussian release, which is exact
     (64 / 6000, 1.0, 940, 2.18205, 1.90302),
 ]
 found = functools.lru_cache(maxsize=None)(lambda q, sigma, steps: both(event("gaussian", sigma, q), 1e-5, steps))
@@ -71,8 +83,10 @@ found = functools.lru_cache(maxsize=None)(lambda q, sigma, steps: both(event("ga
 def test_vectors(q, sigma, steps, rdp, pld):
     eps = found(q, sigma, steps)
     assert eps.rdp == pytest.approx(rdp, rel=1e-5)
-    assert eps.pld == pytest.approx(pld, rel=2e-3)
-    assert eps.pure is None and eps.reported == eps.pld == min(eps.rdp, eps.pld)
+    tight = eps.pld if eps.exact is None else eps.exact
+    assert (eps.exact is None) == (eps.pld is not None) == (q != 1)
+    assert tight == pytest.approx(pld, rel=2e-3)
+    assert eps.pure is None and eps.reported == tight == min(eps.rdp, tight)
 
 
 @pytest.mark.parametrize(("sigma", "q", "steps", "eps"), [
@@ -114,8 +128,9 @@ def test_what_does_not_apply_is_none():
     assert both(event("laplace", 2.0), delta=0) == Epsilons(None, None, 0.5, 0.5)
     sampled = both(event("laplace", 2.0, 0.1), steps=10)
     assert sampled.rdp is None and 0 < sampled.reported == sampled.pld < sampled.pure
-    quick = upper(event("gaussian", 1.0))
-    assert quick.pld is None and quick.reported == quick.rdp == pytest.approx(4.72851, abs=1e-5)
+    quick = upper(event("gaussian", 1.0, 0.5))
+    assert quick.pld is None and quick.exact is None and quick.reported == quick.rdp > 0
+    assert upper(event("gaussian", 1.0), delta=0) == Epsilons(None, None, None, math.inf)
 
 
 def test_a_composition_is_as_fine_as_its_releases():
@@ -249,3 +264,58 @@ def test_dp_accounting_is_imported_only_when_needed():
     code = "import sys, qleak.accounting as a; a.epsilon(None); sys.exit('dp_accounting' in sys.modules)"
     root = Path(next(iter(qleak.__path__))).parent
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
+
+
+# --- Gaussian noise without sampling: exact ------------------------------------------------------------
+
+
+VOTES = dp.SelfComposedDpEvent(dp.GaussianDpEvent(5000 / (2 * math.sqrt(200))), 15)
+"""DataLens on Fashion-MNIST at ε = 1: 15 images a step, the top 200 of 784 signs, σ = 5000."""
+
+
+def test_exact_golden_values():
+    eps = both(VOTES, 1e-5, 86)
+    assert eps.exact == eps.reported == pytest.approx(0.738125, abs=1e-6) and eps.pld is None
+    assert eps.rdp == pytest.approx(0.80807, abs=1e-5)
+    assert epsilon(VOTES, steps=149) <= 1 < epsilon(VOTES, steps=150)
+    assert steps_within(VOTES, 1.0) == 149
+    assert upper(VOTES, steps=127).rdp <= 1 < upper(VOTES, steps=128).rdp  # what RDP alone would allow
+
+
+@pytest.mark.parametrize("delta", [1e-10, 1e-5, 0.01])
+@pytest.mark.parametrize("mu", [1e-5, 1e-3, 0.1, 1.0, 10.0, 100.0])
+def test_exact_is_the_library_s_own_function(mu, delta):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # it takes the logarithm of 0 on its way
+        want = dp.gaussian_mechanism.get_epsilon_gaussian(1 / mu, delta)
+    assert exact_epsilon(mu, delta) == pytest.approx(want, rel=1e-10, abs=1e-11)
+
+
+def test_mixed_gaussians_are_one_gaussian():
+    """μ² adds up over an adaptive composition; a fine PLD of the parts, which rounds up, comes within 0.1 %."""
+    parts = [gaussian(4.0), dp.SelfComposedDpEvent(gaussian(8.0), 3), dp.NoOpDpEvent()]
+    mixed = dp.ComposedDpEvent(parts)
+    assert gaussian_mu(mixed) == pytest.approx(math.sqrt(1 / 16 + 3 / 64))
+    exact = both(mixed, 1e-5, 4).exact
+    assert exact <= pld(mixed, 1e-5, 4, 1e-4) <= 1.001 * exact
+    for other in (gaussian(4.0, 0.5), dp.LaplaceDpEvent(1.0), dp.ComposedDpEvent([gaussian(4.0), gaussian(4.0, 0.5)])):
+        assert gaussian_mu(other) is None and upper(other).exact is None
+
+
+@pytest.mark.parametrize(("eps", "mu"), [(1.0, 0.26805), (10.0, 2.00045)])
+def test_mu_of_golden_values(eps, mu):
+    assert mu_of(eps, 1e-5) == pytest.approx(mu, abs=6e-6)
+
+
+@pytest.mark.parametrize("delta", [1e-8, 1e-5, 1e-2])
+@pytest.mark.parametrize("eps", [0.0, 1e-3, 0.2, 1.0, 10.0, 300.0])
+def test_mu_of_is_the_largest_that_fits(eps, delta):
+    mu = mu_of(eps, delta)
+    assert exact_epsilon(mu, delta) <= eps < exact_epsilon(mu * (1 + 1e-9), delta)
+    assert mu == pytest.approx(1 / dp.gaussian_mechanism.get_sigma_gaussian(eps, delta), rel=1e-9)
+
+
+def test_mu_of_refuses_what_is_no_budget():
+    for eps, delta in ((-1.0, 1e-5), (math.inf, 1e-5), (1.0, 0), (1.0, 1)):
+        with pytest.raises(Expected):
+            mu_of(eps, delta)

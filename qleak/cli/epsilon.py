@@ -45,8 +45,9 @@ def epsilon(
     table = Table(box=None, pad_edge=False)
     table.add_column("accountant", no_wrap=True)
     table.add_column("ε", justify="right", no_wrap=True)
-    for title, key in (("pure", "pure"), ("RDP", "rdp"), ("PLD", "pld"), ("to report", "epsilon")):
-        table.add_row(title, rounded_up(found[key]))
+    for title, key in (("pure", "pure"), ("RDP", "rdp"), ("PLD", "pld"), ("exact", "exact"), ("to report", "epsilon")):
+        if key != "exact" or found[key] is not None:
+            table.add_row(title, rounded_up(found[key]))
     console.print(table)
     console.print("\nEach is an upper bound, rounded up; the smallest holds.", markup=False)
     if sampled:
@@ -86,7 +87,7 @@ def accounted(
     return {
         "mechanism": mechanism, "sigma": sigma, **asked, "rate": float(share), "steps": steps,
         "epochs": float(steps * share), "delta": delta, "adjacency": ADJACENCY,
-        "pure": found.pure, "rdp": found.rdp, "pld": found.pld, "epsilon": found.reported,
+        "pure": found.pure, "rdp": found.rdp, "pld": found.pld, "exact": found.exact, "epsilon": found.reported,
         "assumed": [ASSUMED, WARNING] if share < 1 else [],
     }  # fmt: skip
 
