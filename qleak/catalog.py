@@ -27,7 +27,12 @@ ROOMS = {
     "attacks": "qleak.attacks",
     "clients": "qleak.client",
     "evasions": "qleak.train.evasion",
+    "critics": "qleak.synth.critics",
+    "makers": "qleak.synth.makers",
+    "classifiers": "qleak.synth.classifiers",
+    "synthesizers": "qleak.synth.methods",
 }
+INSIDE = {"synthesizers": ("critics", "makers", "channels")}  # rooms whose parts stand inside another room's calls
 NAMED = ("run", "torchvision", "imported")  # what stands behind their colon is a name: run:ID, torchvision:resnet18
 
 
@@ -147,6 +152,7 @@ def _build(room: str, node: ast.expr, text: str) -> Any:
     if not isinstance(node, ast.Call):
         raise Expected(f"Expected {room[:-1]} {text!r} to be written like name(key=value, …).")
     name = ast.unparse(node.func).split(".")[-1]
+    room = next((r for r in (room, *INSIDE.get(room, ())) if name in catalog(r)), room)
     known = catalog(room)
     if name not in known:
         raise Expected(f"Unknown {room[:-1]} {name!r}.{did_you_mean(name, known)} `qleak ls {room}` lists them.")

@@ -55,7 +55,8 @@ def clear(folder: Path) -> None:
     """Removes a run; run.json goes last, so that rows never stand without the plan they belong to."""
     with disk(folder):
         (folder / "rows.jsonl").unlink(missing_ok=True)
-        for path in (folder / "tensors").glob("*.safetensors*"):
+        made = [*(folder / "tensors").glob("*.safetensors*"), *(folder / "samples").glob("*/*.npz")]
+        for path in made:
             path.unlink()
         sync(folder)
         (folder / "run.json").unlink(missing_ok=True)

@@ -149,6 +149,21 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
         disk.replace(path, safetensors.torch.save(whole, about))
 
+    def file(self, name: str, data: bytes) -> None:
+        """Writes (or replaces) the file `name`, a path below the run's own folder, atomically.
+
+        Raises:
+            Failed: the disk refused; the file saved before is as it was.
+        """
+        path = self.folder / name
+        with disk.disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        disk.replace(path, data)
+
+    def holds(self, name: str) -> bool:
+        """Whether the file `name` is there."""
+        return (self.folder / name).is_file()
+
     def update(self, **fields: Any) -> None:
         """Sets fields of run.json and rewrites it atomically. NaN and ±∞ become null.
 

@@ -4,8 +4,9 @@ A claim is a line `CHANNEL ATTACK FIELD >= NUMBER` (or `<=`) under "Claims:" in 
 those of run.json's summary for the runs without control. In place of an attack stands `training` for what is
 learnt through a channel, `study` for a point of a joined table, `round-N` and an attack's name joined by a dot
 (`round-1.dlg`) for an audit inside a training. The part of a study of audits stands in front of the channel
-(`batch-4 fp32`). "Claims (--data cifar10-12k):" names the flags they were measured with. Runs are made, or resumed,
-under runs/.
+(`batch-4 fp32`). For a synthesis an arm's name stands in place of the channel and `synthesis` in place of an attack
+(`one noisy average synthesis accuracy >= 0.7`). "Claims (--data cifar10-12k):" names the flags they were measured
+with. Runs are made, or resumed, under runs/.
 """
 
 from __future__ import annotations
@@ -46,12 +47,16 @@ def check(claim: tuple[str, str, str, str, float], summary: list[dict]) -> tuple
 
 
 def place(line: dict) -> str:
-    """The channel of a line, with the study's part in front where audits stand side by side: `batch-4 fp32`."""
+    """The channel of a line, with the study's part in front where audits stand side by side: `batch-4 fp32`; or the arm."""
+    if "method" in line:
+        return line["method"]
     return f"{line['part']} {line['channel']}" if "part" in line else line["channel"]
 
 
 def arm(line: dict) -> str:
     """What a line of a summary is about, as claims name it; "" for a control."""
+    if "method" in line:
+        return "synthesis"
     if "front" in line:  # its "control" is a number: the strongest one of that channel
         return "study"
     if "control" not in line:

@@ -48,6 +48,27 @@ def test_claims_about_trainings_studies_and_rounds(verify):
     assert [verify.check(c, summary) for c in verify.claims(doc)] == [(True, 0.8), (True, 15.0), (True, 7.0)]
 
 
+def test_claims_about_arms_of_a_synthesis(verify):
+    summary = [
+        {"method": "top-5 sign", "floor": False, "accuracy": 0.62, "epsilon": 0.9991, "judges": []},
+        {"method": "top-5 sign ε=10", "floor": False, "accuracy": 0.9, "epsilon": 9.9, "judges": []},
+        {"method": "as published", "floor": False, "accuracy": 0.7, "epsilon": None, "judges": []},
+    ]
+    doc = (
+        "Claims (--seeds 5):\n    top-5 sign synthesis accuracy >= 0.5\n    top-5 sign synthesis epsilon <= 1\n"
+        "    top-5 sign ε=10 synthesis accuracy >= 0.95\n    as published synthesis epsilon <= 1\n"
+    )
+    claims = verify.claims(doc)
+    assert [c[:3] for c in claims[::2]] == [
+        ("top-5 sign", "synthesis", "accuracy"),
+        ("top-5 sign ε=10", "synthesis", "accuracy"),
+    ]
+    found = [verify.check(c, summary) for c in claims]
+    assert found[:3] == [(True, 0.62), (True, 0.9991), (False, 0.9)]
+    assert not found[3][0]  # no ε is no small ε
+    assert not verify.check(claims[0], SUMMARY)[0]
+
+
 def test_claims_may_name_their_flags(verify):
     doc = "Says much.\n\nClaims (--data x --index 0:4):\n    fp32 dlg psnr_selected >= 4\n"
     assert verify.flags(doc) == ["--data", "x", "--index", "0:4"] and len(verify.claims(doc)) == 1

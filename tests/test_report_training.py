@@ -129,7 +129,7 @@ def test_other_kinds_are_refused(tmp_path):
     with pytest.raises(Expected, match="kind 'training'"):
         trainings.load(leak)
     with open_run(tmp_path / "s", {"kind": "synthesis", "plan_id": "x"}), pytest.raises(Expected, match="kind 'audit'"):
-        html.write(tmp_path / "s", tmp_path / "x.html")
+        stored.load(tmp_path / "s")
 
 
 def test_every_channel_has_its_own_line():

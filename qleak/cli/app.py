@@ -10,6 +10,7 @@ import typer
 from qleak.cli import recipes
 from qleak.cli.epsilon import epsilon
 from qleak.cli.evaluate import evaluate
+from qleak.cli.synth import synth
 
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
 PLAIN: dict[str, Any] = {"no_args_is_help": True, "rich_markup_mode": None, "pretty_exceptions_enable": False}
@@ -19,6 +20,7 @@ recipe = typer.Typer(help="Experiments: list, show, run, copy.", **PLAIN)
 sets = typer.Typer(help="Data sets: what is here, and how to get the rest.", **PLAIN)
 app.add_typer(recipe, name="recipe")
 app.add_typer(sets, name="data")
+app.add_typer(synth, name="synth")
 app.command()(evaluate)
 app.command()(epsilon)
 
@@ -74,7 +76,14 @@ def recipe_run(
 
 
 @app.command("ls")
-def ls(room: Annotated[str, typer.Argument(help="channels, attacks, models, clients or data.")]) -> None:
+def ls(
+    room: Annotated[
+        str,
+        typer.Argument(
+            help="channels, attacks, models, clients, rules, synthesizers, critics, makers, classifiers or data."
+        ),
+    ],
+) -> None:
     """Lists the parts a recipe can be made of."""
     from qleak.cli import listing
 

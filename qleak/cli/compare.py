@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +29,13 @@ def run(names: Sequence[str], html: Path | None, csv: Path | None, as_json: bool
 
     from qleak.report import compare, frontier, study
 
-    runs = frontier.parts([find(name, out) for name in names])
+    given = frontier.parts([find(name, out) for name in names])
+    runs = [run for run in given if run.header.get("kind") != "synthesis"]
+    made = [f"`qleak report {run.folder}`" for run in given if run not in runs]
+    if made and not runs:
+        raise Expected(f"Expected an audit or a training, got a synthesis: {made[0]} has its arms side by side.")
+    for command in made:
+        print(f"qleak: a synthesis takes no part: {command} has its arms side by side.", file=sys.stderr)
     joined = study.of_runs(runs)
     if not joined.points:
         raise Expected(f"Expected an audit or a training with numbers among {', '.join(names)}, found none.")

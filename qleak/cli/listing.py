@@ -11,7 +11,7 @@ from rich.table import Table
 
 from qleak.errors import Expected, did_you_mean
 
-ROOMS = ("channels", "attacks", "models", "clients", "rules")
+ROOMS = ("channels", "attacks", "models", "clients", "rules", "synthesizers", "critics", "makers", "classifiers")
 
 
 def print_room(room: str) -> None:

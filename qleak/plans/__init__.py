@@ -10,10 +10,11 @@ from typing import Any
 from qleak.plans.audit import CONTROLS, Audit, Chunk, Lane
 from qleak.plans.base import SCHEMA, label, read
 from qleak.plans.study import Study
+from qleak.plans.synthesis import Synthesis
 from qleak.plans.training import Member, Training
 
-Plan = Audit | Training | Study
-KINDS: dict[str, type[Plan]] = {"audit": Audit, "training": Training, "study": Study}
+Plan = Audit | Training | Synthesis | Study
+KINDS: dict[str, type[Plan]] = {"audit": Audit, "training": Training, "synthesis": Synthesis, "study": Study}
 
 __all__ = [
     "CONTROLS",
@@ -25,6 +26,7 @@ __all__ = [
     "Member",
     "Plan",
     "Study",
+    "Synthesis",
     "Training",
     "from_json",
     "label",

@@ -19,6 +19,8 @@ ROOM_OF = {
     "attacks": "attacks",
     "rule": "rules",
     "robust": "evasions",
+    "methods": "synthesizers",
+    "classifiers": "classifiers",
 }
 
 

@@ -18,6 +18,8 @@ from qleak.report import (
     privacy_frontier,
     race,
     study,
+    synthesis,
+    synthesis_page,
     training,
     words,
 )
@@ -52,6 +54,9 @@ def write(folder: Path, out: Path) -> Path:
     kind = read_run(folder).get("kind")
     if kind == "training":
         return _render("training.html.j2", out, **_training(training.load(folder)))
+    if kind == "synthesis":
+        made = synthesis.load(folder)
+        return _render("synthesis.html.j2", out, **_of_run(made.header) | synthesis_page.context(made))
     if kind == "study":
         return _render("study.html.j2", out, **_study(study.load(folder), out))
     return _render("audit.html.j2", out, **_audit(load(folder)))

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qleak.report import study, training, words
+from qleak.report import sheets, study, synthesis, training, words
 from qleak.report.stored import Stored, by_arm, load, rgb
 from qleak.store import Row, read_run
 
@@ -42,6 +42,10 @@ def show(folder: Path, quiet: bool = False, verbose: bool = False, console: Cons
         trained = training.load(folder)
         parts, verdict = [] if quiet else training.table(trained), training.verdict(trained.header)
         command, why = training.next_step(trained.header, folder)
+    elif kind == "synthesis":
+        made = synthesis.load(folder)
+        parts = [] if quiet else [*samples(made, console), *synthesis.table(made)]
+        verdict, (command, why) = synthesis.verdict(made.header), synthesis.next_step(made.header, folder)
     elif kind == "study":
         joined = study.load(folder)
         parts, verdict = [] if quiet else study.table(joined), study.verdict(joined)
@@ -84,6 +88,27 @@ def pictures(run: Stored, console: Console) -> Iterator[RenderableType]:
         yield grid
     if len(run.originals) > len(images):
         yield Text(f"… and {len(run.originals) - len(images)} more images in report.html\n")
+
+
+def samples(run: synthesis.Made, console: Console) -> Iterator[RenderableType]:
+    """One synthetic image of every class for each arm, as wide as the console; no colour, no pictures."""
+    if not run.arms or console.no_color or console.color_system not in ("256", "truecolor"):
+        return
+    for arm in run.arms:
+        shown = run.sheet(arm)
+        if shown is None:
+            continue
+        first = rearrange(shown[1], "(k each) c h w -> k each c h w", k=run.classes)[:, 0]
+        height, wide = first.shape[-2:]
+        side = math.ceil(wide / math.ceil(wide / SMALL))
+        small = F.adaptive_avg_pool2d(first.float(), (round(height * side / wide), side))
+        most = max(1, (console.width + sheets.GAP) // (side + sheets.GAP))
+        per = math.ceil(run.classes / math.ceil(run.classes / most))  # lines of one length
+        yield Text(f"{arm} · seed {shown[0]} · one image of each class", style="bold")
+        for start in range(0, len(small), per):
+            line = sheets.tiled(small[None, start : start + per])
+            yield blocks(line, line.shape[-1])
+        yield Text("")
 
 
 def blocks(pixels: Tensor, side: int) -> Text:

@@ -7,10 +7,11 @@ flattened tree, `row` for what a join sums over (examples, clients, teachers). N
 from qleak.types.attacks import Attack, Guess, Info, Optimizer, Status
 from qleak.types.channels import Belief, Bound, Facts, Message, Shrink, Stage
 from qleak.types.models import Client, Dataset, Layer, Model, Owner, Tapped
+from qleak.types.synthesis import Classifier, Critic, Maker, Public, Spend, Synthesizer
 from qleak.types.trees import Buffers, Grads, Law, Params, Side, Tree
 
 __all__ = [
-    "Attack", "Belief", "Bound", "Buffers", "Client", "Dataset", "Facts", "Grads", "Guess", "Info", "Law", "Layer",
-    "Message", "Model", "Optimizer", "Owner", "Params", "Shrink", "Side", "Stage", "Status", "Tapped",
-    "Tree",
+    "Attack", "Belief", "Bound", "Buffers", "Classifier", "Client", "Critic", "Dataset", "Facts", "Grads", "Guess", "Info", "Law", "Layer",
+    "Maker", "Message", "Model", "Optimizer", "Owner", "Params", "Public", "Shrink", "Side", "Spend", "Stage", "Status",
+    "Synthesizer", "Tapped", "Tree",
 ]  # fmt: skip

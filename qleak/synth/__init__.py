@@ -1,0 +1,1 @@
+"""Private data generation: images made from what teachers or noisy statistics release, and judges of those images."""

@@ -1,0 +1,1 @@
+"""Synthesizers: each makes labelled images from private records within a budget ε. The namespace is the registry."""
