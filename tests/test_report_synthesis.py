@@ -12,7 +12,7 @@ from rich.console import Console
 from test_report import Page, widest
 
 from qleak.errors import Expected
-from qleak.report import html, sheets, terminal
+from qleak.report import canaries, html, sheets, terminal
 from qleak.report import synthesis as syntheses
 from qleak.report import synthesis_figures as figures
 from qleak.report.synthesis_page import threat_model
@@ -252,3 +252,25 @@ def test_what_the_engine_writes_is_what_reports_read(tmp_path):
     page = html.write(out, tmp_path / "x.html").read_text()
     assert Page(page).faults == [] and page.count("data:image/png") == 2
     assert widest(shown(out)) <= 80
+
+
+def test_canaries_beyond_what_is_promised_are_named(tmp_path):
+    folder = synthesis(tmp_path / "run")
+    with open_run(folder, read_run(folder)) as run:
+        calm = {
+            "canary_teachers": 1.0,
+            "canary_reach": 0.9,
+            "canary_divergence": 0.01,
+            "canary_promised": 0.03,
+            "canary_epsilon": 0.5,
+        }
+        broken = calm | {"canary_divergence": 0.05, "canary_teachers": 40.0}
+        kinds = [calm, broken, calm | {"canary_reach": 1.5}]
+        summary = run.header["summary"]
+        run.update(summary=[s | more for s, more in zip(summary, [*kinds, {}], strict=True)])
+    assert [broken for _, broken, _ in canaries.rows(read_run(folder))] == [False, True, True]
+    text = shown(folder)
+    assert "! beyond what is promised: top-5 sign; as published." in " ".join(text.split())
+    page = html.write(folder, tmp_path / "x.html").read_text()
+    assert "One record replaced" in page and page.count("promise broken") == 2
+    assert widest(text) <= 80

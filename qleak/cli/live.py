@@ -37,7 +37,9 @@ class Console:
         """The answer of `--dry-run`."""
         seconds = estimate["cpu_s"] / max(workers, 1)
         self.note(f"  memory    about {estimate['bytes'] / 2**20:.0f} MiB per worker")
-        self.note(f"  time      at most about {seconds:.0f} s on {workers} workers (3 steps of every arm were timed)")
+        self.note(
+            f"  time      at most about {seconds:.0f} s on {workers} workers (a few steps of every arm were timed)"
+        )
         self.note("Nothing was run (--dry-run).")
 
     @contextmanager

@@ -16,7 +16,7 @@ from rich.text import Text
 from qleak import store
 from qleak.errors import Expected
 from qleak.metrics import student
-from qleak.report import words
+from qleak.report import canaries, words
 from qleak.report.compare import accuracy
 from qleak.report.training import MOST, spark
 from qleak.store import Row
@@ -211,6 +211,7 @@ def table(run: Made) -> Iterator[RenderableType]:
             said = "nothing claimed" if claimed is None else f"{claimed:.3g} claimed, no guarantee"
             yield Text(f"ε of {s['method']}: {said}{_because(run, s['method'])}.")
     yield Text("")
+    yield from canaries.table(run.header)
     yield from _judges(found)
     yield from _sparks(run)
 

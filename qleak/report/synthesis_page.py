@@ -4,17 +4,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from qleak.report import sheets, synthesis_figures, words
+from qleak.report import canaries, sheets, synthesis_figures, words
 from qleak.report.compare import accuracy
 from qleak.report.synthesis import CHOSEN, Made, beside, percent, spent, verdict
 
 HEADS = (
-    "ε spent", "claimed ε,\nno guarantee", "steps", "accuracy,\nlast epoch", CHOSEN, "floor at\nthe same ε",
+    "ε spent", "ε by the published\naccountant", "steps", "accuracy,\nlast epoch", CHOSEN, "floor at\nthe same ε",
     "difference,\npoints", "seeds", "CPU s",
 )  # fmt: skip
 QUALITY = ("Fréchet\ndistance", "nearest-neighbour\nratio", "copies")
 JUDGES = ("judge", "accuracy,\nlast epoch", CHOSEN)
-FACTS = ("synthesizer", "budget ε", "ε", "claimed ε", "steps", "noise σ", "why it stops", "why it has no ε")
+FACTS = (
+    "synthesizer",
+    "budget ε",
+    "ε",
+    "ε by the published accountant",
+    "steps",
+    "noise σ",
+    "why it stops",
+    "why it has no ε",
+)
 
 
 def context(run: Made) -> dict[str, Any]:
@@ -38,6 +47,12 @@ def context(run: Made) -> dict[str, Any]:
         "judges": [
             flat | {"channel": s["method"], "cells": [j["classifier"], *_judged(j)]} for s in found for j in s["judges"]
         ],
+        "canary_heads": _heads(canaries.HEADS),
+        "canaries": [
+            flat | {"channel": f"{arm}{' — promise broken' if broken else ''}", "cells": shown}
+            for arm, broken, shown in canaries.rows(run.header)
+        ],
+        "canary_note": canaries.NOTE,
         "threats": threat_model(run.header),
         "fact_heads": FACTS,
         "facts": [(fact["method"], facts(fact)) for fact in run.header.get("facts") or []],
