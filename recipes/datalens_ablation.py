@@ -1,6 +1,22 @@
 """DataLens taken apart at one exact ε: compression × threshold × number of teachers × k, each with its own share of noise.
 
-DRAFT
+Every arm spends exactly ε = 1 in 50 steps of ten images: σ follows from the arm's sensitivity, 2√k for signs of k pixels and
+2 for vectors of length 1. MNIST at 8×8 pixels, class-linear critics; a perceptron learns from 10,000 samples.
+
+Measured (test accuracy at the last epoch, mean of 5 seeds; 4,000 / 1,000 / 100 teachers): top-5 stochastic signs without a
+threshold 61 / 55 / @A %, with β = 0.1 59 / 47 / @B, with β = 0.4 14 / 49 / @C; signs of all 64 pixels 71 / 58 / @D, 70 / 56 / @E,
+70 / 55 / @F; length 1 without compression 73 / 64 / @G; no privacy at all 69 / 72 / @H. The floor, one noisy average: @I.
+So compression costs accuracy at equal ε wherever there is signal, no threshold gains any, a hundred teachers learn nothing,
+and no arm clears the floor. CPU: 11.8 s without privacy, 12.5 for length 1, 14.6 for top-5, 22 for all signs (4,000 teachers).
+
+Claims:
+    4000 teachers, l2 synthesis accuracy >= 0.68
+    4000 teachers, top-5 sign, β 0.1 synthesis accuracy >= 0.5
+    4000 teachers, sign, β 0.1 synthesis accuracy >= 0.65
+    4000 teachers, l2 synthesis epsilon <= 1
+    1000 teachers, l2 synthesis accuracy >= 0.58
+    1000 teachers, top-5 sign, β 0.4 synthesis accuracy <= 0.6
+    100 teachers, top-5 sign, β 0.1 synthesis accuracy <= 0.25
 """
 
 from dataclasses import replace

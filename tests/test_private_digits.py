@@ -9,13 +9,15 @@ from qleak import random
 from qleak.accounting import gaussian_mu, mu_of, upper
 from qleak.catalog import build
 from qleak.check import Expected
-from qleak.synth import moments
+from qleak.synth import moments, shapes
 from qleak.types.models import Dataset
 from qleak.types.synthesis import Public
 
 SIDE, CLASSES, N = 8, 3, 3000
 PUBLIC = Public(N, (1, SIDE, SIDE), CLASSES)
-SMALL = "class_moments(rank=6, components=3, rounds=2, gain=1.0, clips=(1.0, 1.0, 1.0, 1.0))"
+SMALL = (
+    "class_moments(rank=6, components=3, rounds=2, gain=1.0, clips=(1.0, 1.0, 1.0, 1.0), tilt=0.0, bend=0.0, tries=1)"
+)
 
 
 def records(seed=0):
@@ -96,7 +98,7 @@ def test_the_budget_is_spent_and_not_passed(target, rounds):
     assert spend.steps == 3 + rounds
     found = upper(spend.event(spend.steps), 1e-5).reported
     assert target - 1e-6 < found <= target
-    spent = [gaussian_mu(spend.event(t)) for t in range(spend.steps + 1)]
+    spent = [gaussian_mu(spend.event(t)) or 0.0 for t in range(spend.steps + 1)]
     assert spent == sorted(spent)
     assert spent[0] == 0
 
@@ -145,6 +147,54 @@ def test_rounds_find_components_that_one_gaussian_misses():
     assert off(SMALL.replace("rank=6", "rank=2")) < 0.3 * off(
         SMALL.replace("rank=6", "rank=2").replace("rounds=2", "rounds=0")
     )
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(0.1, 0.25), (0.5, 0.45), (0.9, 0.1), (0.01, 0.05)])
+def test_saturated_pixels_have_the_moments_asked_for(mean, deviation):
+    a, b = shapes.saturated(torch.tensor([mean]), torch.tensor([deviation**2]))
+    draws = random.normal(random.generator(0), (400_000,)).double()
+    made = (a + b * draws).clamp(0, 1)
+    assert float(made.mean()) == pytest.approx(mean, abs=4 * deviation / math.sqrt(len(draws)) + 1e-4)
+    assert float(made.std()) == pytest.approx(deviation, rel=0.03)
+    if (mean, deviation) == (0.1, 0.25):
+        assert float((mean + deviation * draws).clamp(0, 1).mean()) > 0.14, "plain clipping moves the mean"
+
+
+def test_warping_is_the_identity_at_zero_and_moves_colours_together():
+    x = random.uniform(random.generator(0), (20, 1, 9, 8)).expand(20, 3, 9, 8)
+    assert torch.allclose(shapes.warped(x, random.generator(1), 0.0, 0.0), x, atol=1e-5)
+    for tilt, bend in ((0.2, 0.0), (0.0, 1.0)):
+        made = shapes.warped(x, random.generator(1), tilt, bend)
+        assert torch.allclose(made[:, 0], made[:, 2])
+        assert (made - x).abs().mean() > 0.05
+
+
+def test_the_likeliest_class_is_the_discriminants_of_full_densities():
+    gen = random.generator(3)
+    means, root = random.normal(gen, (3, 4)), random.normal(gen, (3, 4, 4))
+    basis = torch.linalg.qr(random.normal(gen, (4, 4))).Q
+    x = 3 * random.normal(gen, (500, 4))
+    density = [
+        torch.distributions.MultivariateNormal(m, basis.T @ (f @ f.T + 0.1 * torch.eye(4)) @ basis).log_prob(x)
+        for m, f in zip(means, root, strict=True)
+    ]
+    found = shapes.likeliest(x, means, basis, root, 0.1)
+    assert (found == torch.stack(density, 1).argmax(1)).float().mean() > 0.99
+    assert (found == torch.cdist(x, means).argmin(1)).float().mean() < 0.9, "not the nearest mean"
+
+
+def test_draws_that_the_moments_call_another_class_are_drawn_anew():
+    data = records()
+    share = {}
+    for tries in (1, 20):
+        method = build("synthesizers", SMALL.replace("tries=1", f"tries={tries}").replace("gain=1.0", "gain=3.0"))
+        _, state = run(method, data, 1e6)
+        y = torch.arange(300) % CLASSES
+        x = method.sample(PUBLIC, method.released(state), y, 1).flatten(1)
+        found = shapes.likeliest(x, state.means, state.basis, moments.root(state.total), 0.08)
+        share[tries] = float((found == y).float().mean())
+    assert share[1] < 0.9
+    assert share[20] > share[1] + 0.1
 
 
 @pytest.mark.parametrize("epsilon", [0.2, 10.0])

@@ -121,7 +121,7 @@ def lens(
     limit: int = 0,
     test: int = 0,
     seeds: int = 5,
-    eval_every: int = 10,
+    eval_every: int = 25,
     save_epoch: int = 10,
     save_vote: bool = False,
     non_release: bool = False,

@@ -101,16 +101,8 @@ def begin(o: Options, data: Dataset, spend: Spend, seed: int) -> State:
     known, device = public(data), data.x.device
     made = {k: v.to(device) for k, v in o.maker.init(random.generator(seed, "maker"), known).items()}
     if o.pretrain:
-        made = warm.start(
-            o.pretrain,
-            warm_budget(o, known, spend.target, spend.delta),
-            o.maker,
-            made,
-            data,
-            o.pretrain_steps,
-            o.maker_rate or o.learning_rate,
-            seed,
-        )
+        budget, rate = warm_budget(o, known, spend.target, spend.delta), o.maker_rate or o.learning_rate
+        made = warm.start(o.pretrain, budget, o.maker, made, data, o.pretrain_steps, rate, seed)
     space = torch.empty(0)
     if o.proj == "pca":
         space = basis.pca(data.x, min(o.pca_dim, data.x[0].numel()), o.pca_sigma, seed)
