@@ -11,12 +11,12 @@ setup:
 # fast tests
 [group('dev')]
 test *args:
-    pytest {{args}}
+    pytest -n auto --dist loadfile {{args}}
 
 # all tests, slow ones included
 [group('dev')]
 test-all:
-    pytest --slow
+    pytest -n auto --dist loadfile --slow
 
 # lint and types
 [group('dev')]
@@ -68,5 +68,10 @@ full:
 [group('reproduce')]
 bench-lanes:
     python benchmarks/lanes.py
+
+# two Flower clients whose updates are recorded, in an environment of its own (fetches Flower)
+[group('reproduce')]
+flower out="":
+    bash examples/flower/run.sh {{out}}
 
 recipes := "pretrained_int8 untrained_int8 quantization_sweep attackers rounds_to_recovery accuracy_under_channel frontier dlg_defences convergence_stage seeds"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qleak import attacks, channels, data, metrics, models
+    from qleak.adapters.audit import audit
     from qleak.client import View, gradient, local_sgd, per_example
     from qleak.plans import Audit, Study, Training
 
@@ -16,6 +17,7 @@ __all__ = [
     "Training",
     "View",
     "attacks",
+    "audit",
     "channels",
     "data",
     "gradient",
@@ -25,8 +27,10 @@ __all__ = [
     "per_example",
 ]
 
-_HOME = dict.fromkeys(("Audit", "Study", "Training"), "qleak.plans") | dict.fromkeys(
-    ("View", "gradient", "local_sgd", "per_example"), "qleak.client"
+_HOME = (
+    dict.fromkeys(("Audit", "Study", "Training"), "qleak.plans")
+    | dict.fromkeys(("View", "gradient", "local_sgd", "per_example"), "qleak.client")
+    | {"audit": "qleak.adapters.audit"}
 )
 
 

@@ -33,7 +33,12 @@ ROOMS = {
     "synthesizers": "qleak.synth.methods",
 }
 INSIDE = {"synthesizers": ("critics", "makers", "channels")}  # rooms whose parts stand inside another room's calls
-NAMED = ("run", "torchvision", "imported")  # what stands behind their colon is a name: run:ID, torchvision:resnet18
+NAMED = (
+    "run",
+    "torchvision",
+    "timm",
+    "imported",
+)  # what stands behind their colon is a name: run:ID, torchvision:resnet18
 
 
 def factory(fn: F) -> F:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch is imported where tensors are, so that listing runs s
 Row = dict[str, Any]
 
 SCHEMA = 1
-KINDS = ("audit", "training", "synthesis", "study")
+KINDS = ("audit", "training", "synthesis", "study", "captured")
 
 
 class Run:

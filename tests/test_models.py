@@ -2,6 +2,7 @@
 
 import copy
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ SMALL = {
     "convnet64": ["convnet64(width=2, size=12)", "convnet64(width=2, size=18, mode='train')"],
     "vit": ["vit(patch=4, dim=8, depth=2, heads=2, size=8)"],
     "torchvision": ["torchvision(name='shufflenet_v2_x0_5', size=32)"],
+    "timm": ["timm"] if find_spec("timm") else [],  # an optional dependency
     "deep_lenet": ["deep_lenet(depth=4, width=3, size=12, classes=5)"],
     "deep_mlp": ["deep_mlp(depth=3, width=8, size=8)"],
     "convnet": ["convnet(width=4, size=12)"],

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qleak.cli import recipes
+from qleak.cli.audit import audit
 from qleak.cli.epsilon import epsilon
 from qleak.cli.evaluate import evaluate
 from qleak.cli.synth import synth
@@ -21,6 +22,7 @@ sets = typer.Typer(help="Data sets: what is here, and how to get the rest.", **P
 app.add_typer(recipe, name="recipe")
 app.add_typer(sets, name="data")
 app.add_typer(synth, name="synth")
+app.command()(audit)
 app.command()(evaluate)
 app.command()(epsilon)
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from qleak.engine import audit, study, synthesis, training
+from qleak.engine import audit, captured, study, synthesis, training
 from qleak.engine.audit import job_of, prepare
 from qleak.engine.events import Event, Finished, Rows, Step
-from qleak.plans import Audit, Study, Synthesis, Training
+from qleak.plans import Audit, Captured, Study, Synthesis, Training
 from qleak.store import Run
 
 __all__ = ["Event", "Finished", "Rows", "Step", "choices", "estimate", "job_of", "prepare", "run", "size"]
 
-ENGINES: dict[type, Any] = {Audit: audit, Training: training, Synthesis: synthesis, Study: study}
+ENGINES: dict[type, Any] = {Audit: audit, Training: training, Synthesis: synthesis, Study: study, Captured: captured}
 
 
 def run(plan: Any, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:

@@ -19,6 +19,7 @@ from torch import nn
 from qleak.check import Expected, did_you_mean, whole
 from qleak.models.fresh import constructed
 from qleak.models.module import from_module
+from qleak.models.traced import layers_of
 from qleak.types import Model
 
 
@@ -66,7 +67,9 @@ def imported(
             raise Expected(f"Expected no mode and no fresh of {path}, which returns a Model that has settled both.")
         model = made
     elif isinstance(made, nn.Module):
-        model = from_module(made, (shape[0], shape[1], shape[2]), classes, mode=mode, fresh=fresh)
+        image = (shape[0], shape[1], shape[2])
+        model = from_module(made, image, classes, mode=mode, fresh=fresh)
+        model = replace(model, layers=layers_of(made, image))
     else:
         raise Expected(f"Expected {path} to return an nn.Module or a qleak Model, got {type(made).__name__}.")
     spec = f"imported(path={path!r}, shape={model.shape!r}, classes={model.classes}, mode={mode!r}, fresh={fresh!r}"

@@ -39,6 +39,9 @@ def from_module(
     In both modes the running ones are among the buffers (a threat model may share them), and no mode
     writes any: what training would make of them has to be computed from `Model.statistics`.
 
+    Frozen parameters (`requires_grad` False) are no part of an update, and stand among the buffers; a tied one has the
+    first of its names. Weights keep the module's dtype.
+
     Args:
         module: any module whose forward takes `[b c h w]` and returns `[b class]`; it may lie on the meta
             device if its weights are `fresh`.
@@ -51,27 +54,33 @@ def from_module(
 
     Raises:
         Expected: the module does not return `[b, classes]` for an input of `shape`, draws at random (Dropout
-            in "train"), or writes a buffer of its own.
+            in "train"), writes a buffer of its own, trains nothing, or cannot be called with other weights.
     """
     one_of(MODES, mode=mode)
+    _callable(module)
     net = _still(module, mode)
+    trained = [k for k, v in net.named_parameters() if v.requires_grad]
+    frozen = {k: v.detach() for k, v in net.named_parameters() if not v.requires_grad}
     buffers = _buffers(net)
+    if frozen and not trained:
+        raise Expected("Expected a module that trains something: every parameter is frozen (requires_grad is False).")
     lost = [k for k, v in net.named_parameters() if v.is_meta and not fresh] + [
         k for k, v in buffers.items() if v.is_meta
     ]
     if lost:
         raise Expected(f"Expected a module with values, {lost[0]} lies on the meta device.")
+    buffers |= frozen
     whole = {k: v.dtype for k, v in buffers.items() if not v.is_floating_point()}
 
     def init(gen: Generator) -> tuple[Params, Buffers]:
-        params = drawn(net, gen) if fresh else {k: v.detach().clone() for k, v in net.named_parameters()}
-        return params, {k: v.clone() for k, v in buffers.items()}
+        every = drawn(net, gen) if fresh else {k: v.detach().clone() for k, v in net.named_parameters()}
+        return {k: every[k] for k in trained}, {k: every[k] if k in frozen else v.clone() for k, v in buffers.items()}
 
     def apply(params: Params, buffers: Buffers, x: Tensor) -> Tensor:
         held = {k: v.to(whole[k]) if k in whole else v for k, v in buffers.items()}  # indices stay whole in float64
         try:
             with plain_attention():
-                return functional_call(net, (params, held), (x,))
+                return functional_call(net, {**held, **params}, (x,))  # the trained one where a name is in both
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
@@ -83,10 +92,11 @@ def from_module(
     _fits(net, apply, buffers, shape, classes, mode)
     norms = {name: m for name, m in net.named_modules() if isinstance(m, _BatchNorm)}
     if not norms:
-        return Model(init, apply, shape, classes, None, spec, tapped=taps.of_module(net, apply, buffers, shape))
+        opened = None if frozen else taps.of_module(net, apply, buffers, shape)
+        return Model(init, apply, shape, classes, None, spec, tapped=opened)
     batched = [name for name, m in norms.items() if m.training or m.running_mean is None]
     couples = f"batch norm {batched[0]} normalises by the batch" if batched else ""
-    opened = None if couples else taps.of_module(net, apply, buffers, shape)
+    opened = None if couples or frozen else taps.of_module(net, apply, buffers, shape)
 
     @functools.cache
     def remade(mode: str) -> Model:
@@ -102,6 +112,23 @@ def from_module(
     )  # fmt: skip
 
 
+def _callable(module: nn.Module) -> None:
+    """Refuses what `functional_call` cannot give other weights, or what cannot be copied."""
+    if isinstance(module, torch.jit.ScriptModule):
+        raise Expected(
+            "Expected a module of Python code, got a compiled ScriptModule: pass the class it was made from."
+        )
+    if isinstance(module, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        raise Expected(f"Expected the module inside, got {type(module).__name__} around it: pass its .module.")
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        raise Expected("Expected the module as it was before torch.compile: pass its ._orig_mod.")
+    blank = [k for k, v in module.named_parameters() if isinstance(v, nn.parameter.UninitializedParameter)]
+    if blank:
+        raise Expected(
+            f"Expected parameters with shapes, {blank[0]} has none yet: run one batch through the lazy module."
+        )
+
+
 def _remember(part: _BatchNorm) -> None:
     """Gives a batch norm that keeps no running statistics blank ones."""
     if part.running_mean is not None:
@@ -114,7 +141,10 @@ def _remember(part: _BatchNorm) -> None:
 
 def _still(module: nn.Module, mode: str) -> nn.Module:
     """A copy in `mode` whose norms keep no account of what they see, and that overwrites no activation."""
-    net = copy.deepcopy(module).train(mode == "train")
+    try:
+        net = copy.deepcopy(module).train(mode == "train")
+    except (TypeError, RuntimeError) as error:
+        raise Expected(f"Expected a module that can be copied: {str(error).splitlines()[0]}") from None
     for name, part in net.named_modules():
         if isinstance(part, _NormBase) and mode == "train":
             part.track_running_stats = False  # in training: by the batch alone, running ones neither read nor written
@@ -203,7 +233,7 @@ class _NoDraws(TorchDispatchMode):
 
 def _fits(net: nn.Module, apply: Callable[..., Tensor], buffers: Buffers, shape: Any, classes: int, mode: str) -> None:
     """One forward pass of zeros: shape of the logits, no draw, no buffer written."""
-    params = {k: v.detach() for k, v in net.named_parameters()}
+    params = {k: v.detach() for k, v in net.named_parameters() if k not in buffers}
     some = next(iter(params.values()), torch.zeros(()))
     held = {k: torch.empty_like(v, device="meta") if some.is_meta else v.clone() for k, v in buffers.items()}
     b = 2 if mode == "train" else 1

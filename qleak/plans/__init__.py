@@ -9,18 +9,26 @@ from typing import Any
 
 from qleak.plans.audit import CONTROLS, Audit, Chunk, Lane
 from qleak.plans.base import SCHEMA, label, read
+from qleak.plans.captured import Captured
 from qleak.plans.study import Study
 from qleak.plans.synthesis import Synthesis
 from qleak.plans.training import Member, Training
 
-Plan = Audit | Training | Synthesis | Study
-KINDS: dict[str, type[Plan]] = {"audit": Audit, "training": Training, "synthesis": Synthesis, "study": Study}
+Plan = Audit | Training | Synthesis | Study | Captured
+KINDS: dict[str, type[Plan]] = {
+    "audit": Audit,
+    "training": Training,
+    "synthesis": Synthesis,
+    "study": Study,
+    "captured": Captured,
+}
 
 __all__ = [
     "CONTROLS",
     "KINDS",
     "SCHEMA",
     "Audit",
+    "Captured",
     "Chunk",
     "Lane",
     "Member",

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from qleak.report import (
+    captured,
+    captured_page,
     compare,
     figures,
     nominal,
@@ -57,6 +59,9 @@ def write(folder: Path, out: Path) -> Path:
     if kind == "synthesis":
         made = synthesis.load(folder)
         return _render("synthesis.html.j2", out, **_of_run(made.header) | synthesis_page.context(made))
+    if kind == "captured":
+        audited = captured.load(folder)
+        return _render("captured.html.j2", out, **_of_run(audited.header) | captured_page.context(audited))
     if kind == "study":
         return _render("study.html.j2", out, **_study(study.load(folder), out))
     return _render("audit.html.j2", out, **_audit(load(folder)))

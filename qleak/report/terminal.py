@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qleak.report import sheets, study, synthesis, training, words
+from qleak.report import captured, sheets, study, synthesis, training, words
 from qleak.report.stored import Stored, by_arm, load, rgb
 from qleak.store import Row, read_run
 
@@ -46,6 +46,10 @@ def show(folder: Path, quiet: bool = False, verbose: bool = False, console: Cons
         made = synthesis.load(folder)
         parts = [] if quiet else [*samples(made, console), *synthesis.table(made)]
         verdict, (command, why) = synthesis.verdict(made.header), synthesis.next_step(made.header, folder)
+    elif kind == "captured":
+        audited = captured.load(folder)
+        parts = [] if quiet else [*guessed(audited, console), *captured.table(audited, verbose)]
+        verdict, (command, why) = captured.verdict(audited.header), captured.next_step(audited.header, folder)
     elif kind == "study":
         joined = study.load(folder)
         parts, verdict = [] if quiet else study.table(joined), study.verdict(joined)
@@ -109,6 +113,21 @@ def samples(run: synthesis.Made, console: Console) -> Iterator[RenderableType]:
             line = sheets.tiled(small[None, start : start + per])
             yield blocks(line, line.shape[-1])
         yield Text("")
+
+
+def guessed(run: captured.Audited, console: Console) -> Iterator[RenderableType]:
+    """The best guess of a captured update, the truth beneath it where it was given; no colour, no pictures."""
+    if run.found is None or console.no_color or console.color_system not in ("256", "truecolor"):
+        return
+    for title, x in (("best guess", run.images()), ("truth", run.truth())):
+        if x is not None:
+            side = math.ceil(x.shape[-1] / math.ceil(x.shape[-1] / 2 / SMALL))
+            most = max(1, (console.width + sheets.GAP) // (side + sheets.GAP))
+            small = F.adaptive_avg_pool2d(x[:most].float(), (round(x.shape[-2] * side / x.shape[-1]), side))
+            yield Text(title, style="bold")
+            line = sheets.tiled(small[None])
+            yield blocks(line, line.shape[-1])
+    yield Text("")
 
 
 def blocks(pixels: Tensor, side: int) -> Text:
