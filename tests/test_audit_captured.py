@@ -75,7 +75,7 @@ def test_the_documented_lines_run(held, tmp_path, monkeypatch, capsys):
     exec(compile(code, "docs", "exec"), scope)
     assert scope["report"].verdict == "images rebuilt"
     assert "Verdict: images rebuilt" in capsys.readouterr().out
-    assert (tmp_path / "my-audit" / "report.html").exists()
+    assert (tmp_path / "runs" / "my-audit" / "report.html").exists()
 
 
 def test_names_in_another_order_and_foreign_buffers_change_nothing(held):
