@@ -61,6 +61,28 @@ class Done(NamedTuple):
     seen_at: Tensor | None = None
 
 
+KEPT = ("path_psnr", "seen", "seen_at")
+"""What a chunk's file holds only sometimes, in the order of `Done`."""
+
+
+def tensors(done: Done) -> Tree:
+    """A result as tensors, to be stored; `done` is the inverse."""
+    return {
+        "x": done.guess.x, "labels": done.guess.labels, "loss": done.guess.loss, "status": done.status,
+        "closures": done.closures, "curve": done.curve, "curve_at": done.curve_at,
+        "cpu_s": torch.tensor(done.cpu_s, dtype=torch.float64),
+        **{k: v for k in KEPT if (v := getattr(done, k)) is not None},
+    }  # fmt: skip
+
+
+def done(key: str, t: Tree) -> Done:
+    """The result of the chunk `key` from what `tensors` made of it."""
+    guess = Guess(t["x"], t["labels"], t["loss"])
+    return Done(
+        key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]), *(t.get(k) for k in KEPT)
+    )
+
+
 def view_of(job: Job, plan: Audit | None = None) -> View:
     """The attacker's view of a job."""
     plan = plan if plan is not None else from_json(job.plan)

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from qleak.cli import main
-
 RECIPE = '''"""A tiny audit. Second sentence.
 
 More text.
@@ -39,24 +37,6 @@ def tiny(tmp_path):
     path = tmp_path / "tiny.py"
     path.write_text(RECIPE)
     return str(path)
-
-
-@pytest.fixture
-def qleak(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["qleak", *map(str, argv)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.mark.parametrize(

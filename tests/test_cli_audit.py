@@ -13,7 +13,6 @@ from captures import SHAPE, gradients, images, module
 
 from qleak.check import Expected
 from qleak.cli import audit as command
-from qleak.cli import main
 from qleak.models.adapted import adapted
 from qleak.models.lenet import lenet
 
@@ -40,19 +39,8 @@ def line(folder, update="update.pt", *more):
     return ["audit", str(folder / update), *model, "--classes", "10", "--out", str(folder / "runs"), *more]
 
 
-def run(monkeypatch, capsys, *args):
-    monkeypatch.setattr(sys, "argv", ["qleak", *args])
-    try:
-        main()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
-def test_one_command_rebuilds_what_a_script_saved(held, monkeypatch, capsys):
-    code, out, _ = run(monkeypatch, capsys, *line(held, "update.pt", "--name", "one", *QUICK))
+def test_one_command_rebuilds_what_a_script_saved(held, qleak):
+    code, out, _ = qleak(*line(held, "update.pt", "--name", "one", *QUICK))
     assert code == 0 and "Verdict: images rebuilt" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
     for part in ("Match:", "Channel:", "Batch:", "closed_form", "decoy"):
@@ -60,12 +48,12 @@ def test_one_command_rebuilds_what_a_script_saved(held, monkeypatch, capsys):
     folder = held / "runs" / "one"
     assert {"run.json", "rows.jsonl", "tensors", "report.html"} <= {p.name for p in folder.iterdir()}
     again = (folder / "rows.jsonl").read_bytes()
-    assert run(monkeypatch, capsys, *line(held, "update.pt", "--name", "one", *QUICK))[0] == 0
+    assert qleak(*line(held, "update.pt", "--name", "one", *QUICK))[0] == 0
     assert (folder / "rows.jsonl").read_bytes() == again
-    assert run(monkeypatch, capsys, "report", str(folder))[0] == 0
+    assert qleak("report", str(folder))[0] == 0
 
 
-def test_half_precision_is_read_through_its_rounding(held, monkeypatch, capsys):
+def test_half_precision_is_read_through_its_rounding(held, qleak):
     truth = [
         "--truth",
         str(held / "truth.npz"),
@@ -75,24 +63,24 @@ def test_half_precision_is_read_through_its_rounding(held, monkeypatch, capsys):
         "--attacks",
         "refine(stages=1, steps=20, last=40)",
     ]
-    code, out, _ = run(monkeypatch, capsys, *line(held, "half.pt", "--budget", "3s", *truth))
+    code, out, _ = qleak(*line(held, "half.pt", "--budget", "3s", *truth))
     found = json.loads(out)
     assert code == 0 and found["schema"] == "qleak.audit/1" and found["match"]["dtype"] == "float16"
     assert found["verdict"] == "images rebuilt" and found["images"][0]["psnr_db"] > 20
     assert found["self_check"]["as_described"]
 
 
-def test_fail_above_exits_3_with_and_without_the_truth(held, monkeypatch, capsys):
+def test_fail_above_exits_3_with_and_without_the_truth(held, qleak):
     truth = ["--truth", str(held / "truth.npz")]
-    code, _, err = run(monkeypatch, capsys, *line(held, "update.pt", "--fail-above", "18", "--quiet", *truth, *QUICK))
+    code, _, err = qleak(*line(held, "update.pt", "--fail-above", "18", "--quiet", *truth, *QUICK))
     assert code == 3 and "exceeds --fail-above 18" in err
-    code, _, err = run(monkeypatch, capsys, *line(held, "update.pt", "--fail-above", "140", "--quiet", *truth, *QUICK))
+    code, _, err = qleak(*line(held, "update.pt", "--fail-above", "140", "--quiet", *truth, *QUICK))
     assert code == 0
-    code, _, err = run(monkeypatch, capsys, *line(held, "update.pt", "--fail-above", "18", "--quiet", *QUICK))
+    code, _, err = qleak(*line(held, "update.pt", "--fail-above", "18", "--quiet", *QUICK))
     assert code == 3 and "no --truth" in err
 
 
-def test_what_cannot_be_read_is_one_line_and_exit_2(held, monkeypatch, capsys):
+def test_what_cannot_be_read_is_one_line_and_exit_2(held, qleak):
     (held / "broken.pt").write_bytes(b"PK\x03\x04 this is no archive")
     (held / "text.npz").write_text("hello", encoding="utf-8")
     for args in (
@@ -101,7 +89,7 @@ def test_what_cannot_be_read_is_one_line_and_exit_2(held, monkeypatch, capsys):
         line(held, "update.pt", "--name", "a/b"), line(held, "update.pt", "--normalise", "imagnet"),
         line(held, "update.pt", "--truth", str(held / "text.npz")), line(held, "update.pt", "--truth", "mnist5k:9999"),
     ):  # fmt: skip
-        code, out, err = run(monkeypatch, capsys, *args, "--quiet")
+        code, out, err = qleak(*args, "--quiet")
         assert code == 2, (args, err)
         assert err.startswith("qleak: Expected") or "Unknown" in err
         assert len(err.strip().splitlines()) == 1 and not out and len(err) < 500

@@ -11,7 +11,7 @@ from made import synthesis
 
 from qleak import data, random
 from qleak.catalog import build
-from qleak.cli import main, synth, synth_files
+from qleak.cli import synth, synth_files
 from qleak.errors import Expected
 from qleak.store import open_run, read_run
 from qleak.synth import sets
@@ -19,24 +19,6 @@ from qleak.types import Dataset
 
 NAMES = ["second moments", "top-5 sign", "as published", "one noisy average"]
 JUDGE = "logistic(epochs=12, lr=0.02, batch=20)"
-
-
-@pytest.fixture
-def qleak(monkeypatch, capsys, tmp_path):
-    """Runs a command in this process: (exit code, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["qleak", *map(str, argv)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from unittest.mock import Mock
 
 import pytest
@@ -11,7 +10,6 @@ from qleak import accounting, calibration, ledger
 from qleak.accounting import both, epsilon, event
 from qleak.calibration import calibrate, steps_within
 from qleak.check import Expected
-from qleak.cli import main
 from qleak.cli.epsilon import ASSUMED, WARNING, rounded_up
 from qleak.ledger import Entry, Ledger, record, record_event, spent
 
@@ -167,18 +165,9 @@ def test_text_that_is_no_ledger(text):
 
 
 @pytest.fixture
-def qleak(monkeypatch, capsys):
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["qleak", "epsilon", *map(str, argv)])
-        try:
-            main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return run
+def qleak(qleak):
+    """`qleak epsilon …`."""
+    return lambda *argv: qleak("epsilon", *argv)
 
 
 MNIST = ("--mechanism", "gaussian", "--sigma", "10", "--rate", "32/60000", "--delta", "1e-5")

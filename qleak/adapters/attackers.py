@@ -13,7 +13,7 @@ from qleak.channels import Channel
 from qleak.check import Expected
 from qleak.client import is_gradient
 from qleak.engine import captured
-from qleak.engine.decoys import Held, decoy, message_of
+from qleak.engine.decoys import Held, decoys_of
 from qleak.plans import Captured
 from qleak.types import Attack, Buffers, Client, Message, Model, Params
 
@@ -57,8 +57,7 @@ def fitted(
     plan: Captured, params: Params, buffers: Buffers, message: Message, fixed: bool, asked: bool
 ) -> tuple[Captured, list[str]]:
     """The plan with `cells` in a size and a number of restarts that the budget holds, and what was decided."""
-    decoys = [decoy(plan, i) for i in plan.victims[1:]]
-    sent = [message_of(plan, params, buffers, x, y, ("decoy", i)) for i, (x, y) in enumerate(decoys)]
+    decoys, sent = decoys_of(plan, params, buffers)
     try:
         captured_one = tree.unflatten(tree.flatten(message), sent[0])
         torch.stack([next(iter(captured_one.code.values())), next(iter(sent[0].code.values()))])
@@ -67,16 +66,14 @@ def fitted(
             "Expected a message of the shape that the channel sends: give --channel, or --channel 'chain()'."
         ) from None
     per = captured.pace(plan, Held(params, buffers, [captured_one, *sent], decoys, None))
-    whole = sum(per.get(c.attack, 0.0) * len(c.lanes) * plan.attacks[c.attack].steps for c in plan.chunks())
+    whole = _seconds(plan, per)
     share = plan.budget / whole if whole else 1.0
     said = [f"a full run takes about {whole:.0f} CPU seconds, the budget is {plan.budget:g}"]
     if fixed or share >= 1:
         return plan, said
     if not asked and plan.restarts > 2:
         plan = replace(plan, restarts=2)
-        share = plan.budget / sum(
-            per.get(c.attack, 0.0) * len(c.lanes) * plan.attacks[c.attack].steps for c in plan.chunks()
-        )
+        share = plan.budget / _seconds(plan, per)
         said.append("2 restarts in place of 4")
     size = next(text for least, text in SIZES if share >= least)
     if size:
@@ -84,6 +81,11 @@ def fitted(
         plan = replace(plan, attacks=tuple(made))
         said.append(f"fewer steps: {', '.join(short(a.spec) for a in made if a.steps > 1)}")
     return plan, said
+
+
+def _seconds(plan: Captured, per: dict[int, float]) -> float:
+    """CPU seconds of all chunks, from those of one closure of one lane by attack."""
+    return sum(per.get(c.attack, 0.0) * len(c.lanes) * plan.attacks[c.attack].steps for c in plan.chunks())
 
 
 def _sized(attack: Attack, size: str) -> Attack:

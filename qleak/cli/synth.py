@@ -40,10 +40,11 @@ def sample(
 
     import numpy as np
 
+    from qleak.plans.base import file_name
     from qleak.report import sheets
     from qleak.report.stored import write_file
 
-    path = out or Path(f"samples-{''.join(ch if ch.isalnum() else '-' for ch in found.arm).strip('-')}.npz")
+    path = out or Path(f"samples-{file_name(found.arm)}.npz")
     if path.suffix != ".npz":
         raise Expected(f"Expected --out {path} to end in .npz.")
     data = io.BytesIO()

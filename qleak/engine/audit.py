@@ -24,7 +24,7 @@ from qleak.metrics import Secret
 from qleak.plans import Audit, Chunk
 from qleak.scoring import rate_path, score_group, summarise
 from qleak.store import Run, now
-from qleak.types import Buffers, Guess, Message, Params, Tree
+from qleak.types import Buffers, Message, Params, Tree
 
 
 class Prepared(NamedTuple):
@@ -122,7 +122,9 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     chunks = plan.chunks()
     chunks, refused = _applicable(plan, prepared, chunks)
     store.update(refused=refused)
-    done: dict[str, Done] = {c.key: _load(store, c) for c in chunks if store.has(f"chunk-{c.key}")}
+    done: dict[str, Done] = {
+        c.key: jobs.done(c.key, store.load(f"chunk-{c.key}")) for c in chunks if store.has(f"chunk-{c.key}")
+    }
     named = {c.key: c for c in chunks}
     written = store.done()
     # The strongest attacks stand last in a plan and take longest: started first, they leave no worker idle.
@@ -157,7 +159,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
             yield event
             continue
         event = rate_path(event, named[event.key], prepared.secret)
-        store.save(f"chunk-{event.key}", _tensors(event))
+        store.save(f"chunk-{event.key}", jobs.tensors(event))
         done[event.key] = event
         yield from groups()
     summary = summarise(plan, rows)
@@ -243,25 +245,3 @@ def estimate(plan: Audit, device: str = "cpu", steps: int = 3) -> dict[str, floa
             timed[what] = (time.process_time() - began) / min(steps, attack.steps) / len(chunk.lanes)
         seconds += timed[what] * attack.steps * len(chunk.lanes)
     return {"cpu_s": seconds, "bytes": size}
-
-
-KEPT = ("path_psnr", "seen", "seen_at")
-"""What a chunk's file holds only sometimes, in the order of `Done`."""
-
-
-def _tensors(done: Done) -> Tree:
-    return {
-        "x": done.guess.x, "labels": done.guess.labels, "loss": done.guess.loss, "status": done.status,
-        "closures": done.closures, "curve": done.curve, "curve_at": done.curve_at,
-        "cpu_s": torch.tensor(done.cpu_s, dtype=torch.float64),
-        **{k: v for k in KEPT if (v := getattr(done, k)) is not None},
-    }  # fmt: skip
-
-
-def _load(store: Run, chunk: Chunk) -> Done:
-    t = store.load(f"chunk-{chunk.key}")
-    guess = Guess(t["x"], t["labels"], t["loss"])
-    return Done(
-        chunk.key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]),
-        *(t.get(k) for k in KEPT),
-    )  # fmt: skip

@@ -18,13 +18,13 @@ from qleak.attacks import routes
 from qleak.catalog import short
 from qleak.check import Expected
 from qleak.engine import explained
-from qleak.engine.decoys import Held, decoy, message_of
+from qleak.engine.decoys import Held, decoys_of
 from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.jobs import Done, Job
 from qleak.metrics import Secret
 from qleak.plans import Captured, Chunk
 from qleak.store import Run, now
-from qleak.types import Buffers, Guess, Message, Params, Tree
+from qleak.types import Buffers, Message, Params, Tree
 
 PARTS = ("update", "params", "buffers", "message", "truth")
 
@@ -45,8 +45,7 @@ def held(plan: Captured, store: Run) -> Held:
         random.generator(plan.seed, "order")
     )  # files do not keep the order that last layers need
     params, buffers = {k: parts["params"][k] for k in order}, parts["buffers"]
-    decoys = [decoy(plan, i) for i in plan.victims[1:]]
-    sent = [message_of(plan, params, buffers, x, y, ("decoy", i)) for i, (x, y) in enumerate(decoys)]
+    decoys, sent = decoys_of(plan, params, buffers)
     truth = Secret(parts["truth"]["x"], parts["truth"]["y"]) if parts["truth"] else None
     return Held(params, buffers, [tree.unflatten(parts["message"], sent[0]), *sent], decoys, truth)
 
@@ -70,14 +69,14 @@ def run(plan: Captured, store: Run, device: str = "cpu", workers: int = 1) -> It
         raise Expected(f"Expected at least one attack that applies: {said[0]['attack']} {said[0]['reason']}")
     store.update(refused_attacks=said)
     chunks = [c for c in chunks if not refused[c.attack]]
-    done = {c.key: _load(store, c.key) for c in chunks if store.has(f"chunk-{c.key}")}
+    done = {c.key: jobs.done(c.key, store.load(f"chunk-{c.key}")) for c in chunks if store.has(f"chunk-{c.key}")}
     waiting = [c for c in chunks if c.key not in done]
     threads = torch.get_num_threads()
     try:
         todo = (job_of(plan, given, c, device) for c in waiting)
         for key, event in pool.results(todo, jobs.events, min(workers, len(waiting))):
             if isinstance(event, Done):
-                store.save(f"chunk-{key}", _tensors(event))
+                store.save(f"chunk-{key}", jobs.tensors(event))
                 done[key] = event
                 continue
             chunk = next(c for c in waiting if c.key == key)
@@ -132,17 +131,3 @@ def pace(plan: Captured, given: Held, steps: int = 2) -> dict[int, float]:
             state, _ = attack.step(view, state)
         found[a] = (time.process_time() - began) / steps / len(chunk.lanes)
     return found
-
-
-def _tensors(done: Done) -> Tree:
-    return {
-        "x": done.guess.x, "labels": done.guess.labels, "loss": done.guess.loss, "status": done.status,
-        "closures": done.closures, "curve": done.curve, "curve_at": done.curve_at,
-        "cpu_s": torch.tensor(done.cpu_s, dtype=torch.float64),
-    }  # fmt: skip
-
-
-def _load(store: Run, key: str) -> Done:
-    t = store.load(f"chunk-{key}")
-    guess = Guess(t["x"], t["labels"], t["loss"])
-    return Done(key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]))

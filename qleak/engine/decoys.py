@@ -23,6 +23,12 @@ class Held(NamedTuple):
     truth: Secret | None
 
 
+def decoys_of(plan: Captured, params: Params, buffers: Buffers) -> tuple[list[Secret], list[Message]]:
+    """The plan's decoys, and what the client would have sent of each."""
+    decoys = [decoy(plan, i) for i in plan.victims[1:]]
+    return decoys, [message_of(plan, params, buffers, x, y, ("decoy", i)) for i, (x, y) in enumerate(decoys)]
+
+
 def decoy(plan: Captured, index: int) -> Secret:
     """Images that are nobody's, with labels: 1/f noise, mean ½ and deviation 0.2, channels alike by nine parts in ten.
 

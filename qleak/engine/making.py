@@ -87,8 +87,7 @@ def records(data: str, size: int, limit: int, test_limit: int, device: str) -> t
 def of(plan: Synthesis, device: str = "cpu") -> tuple[Dataset, Dataset, Public]:
     """Records, test images, and what is public of them."""
     train, test = records(plan.data, plan.size, plan.limit, plan.test_limit, device)
-    c, h, w = train.x.shape[1:]
-    return train, test, Public(len(train.x), (c, h, w), train.classes)
+    return train, test, sets.public(train)
 
 
 @functools.cache
@@ -127,9 +126,7 @@ def events(job: Job) -> Iterator[Progress | Checkpoint | File]:
             sheet = torch.empty(0)
             if due and done > seen:
                 last = done == spend.steps
-                found, sheet, more = measure(
-                    plan, arm, public, arm.method.released(state), done == spend.steps, train, test, seed
-                )
+                found, sheet, more = measure(plan, arm, public, arm.method.released(state), last, train, test, seed)
                 if last and plan.canary and arm.method.canary:
                     shown = arm.method.canary(train, spend, seed, plan.canary)
                     found[0, len(COLUMNS) :] = torch.tensor([shown[name] for name in CANARY], dtype=torch.float64)

@@ -21,6 +21,7 @@ from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.engine.made import summarise
 from qleak.engine.making import Checkpoint, File, Job, Progress
 from qleak.plans import Synthesis
+from qleak.plans.base import file_name
 from qleak.plans.synthesis import Arm
 from qleak.store import Run, now
 from qleak.types import Public, Tree
@@ -77,7 +78,7 @@ def run(plan: Synthesis, store: Run, device: str = "cpu", workers: int = 1) -> I
         for key, event in pool.results(todo, making.events, workers):
             job = jobs[key]
             if isinstance(event, File):
-                store.file(sample_name(plan, job, event.number), event.data)
+                store.file(sample_name(price.arms[job.trial.arm], event.number), event.data)
                 continue
             if isinstance(event, Checkpoint):
                 if event.step < reached.get(key, -1):
@@ -92,19 +93,18 @@ def run(plan: Synthesis, store: Run, device: str = "cpu", workers: int = 1) -> I
     yield Finished(summary)
 
 
-def sample_name(plan: Synthesis, job: Job, number: int) -> str:
+def sample_name(arm: Arm, number: int) -> str:
     """Where a sample file lies: `samples/ARM/eps-1.00.data-0.npz`."""
-    arm = plan.arms()[job.trial.arm]
-    folder = "".join(ch if ch.isalnum() else "-" for ch in arm.name).strip("-")
-    return f"samples/{folder}/eps-{arm.epsilon:.2f}.data-{number}.npz"
+    return f"samples/{file_name(arm.name)}/eps-{arm.epsilon:.2f}.data-{number}.npz"
 
 
 def _jobs(plan: Synthesis, store: Run, device: str, price: Price) -> Iterator[Job]:
     for trial in plan.members():
         saved = safetensors.torch.save(store.load(f"state-{trial.key}")) if store.has(f"state-{trial.key}") else b""
-        job = Job(plan.as_json(), trial.key, trial, saved, device)
-        wanted = range(plan.files) if trial.seed == 0 and not price.arms[trial.arm].floor else range(0)
-        yield job._replace(files=tuple(i for i in wanted if not store.holds(sample_name(plan, job, i))))
+        arm = price.arms[trial.arm]
+        wanted = range(plan.files) if trial.seed == 0 and not arm.floor else range(0)
+        files = tuple(i for i in wanted if not store.holds(sample_name(arm, i)))
+        yield Job(plan.as_json(), trial.key, trial, saved, device, files)
 
 
 def _step(plan: Synthesis, job: Job, event: Progress | Checkpoint, price: Price, store: Run) -> Step:

@@ -88,6 +88,11 @@ def label(spec: str) -> str:
     return " > ".join(ast.unparse(stage) for stage in inner.args)
 
 
+def file_name(name: str) -> str:
+    """A name from a table as part of a file's: everything but letters and digits becomes a dash."""
+    return "".join(ch if ch.isalnum() else "-" for ch in name).strip("-")
+
+
 def plain(value: Any) -> Any:
     """A field of a plan as JSON: specs for parts, lists for tuples."""
     if isinstance(value, tuple):

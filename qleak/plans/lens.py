@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from qleak.catalog import build
+from qleak.catalog import build, catalog
 from qleak.check import Expected, did_you_mean
 from qleak.plans.levels import levels
 from qleak.plans.synthesis import Synthesis
@@ -42,7 +42,6 @@ def aggregator(
     sigma: float,
     sigma_thresh: float,
     thresh: float,
-    signs: bool = True,
 ) -> str:
     """The channel of one arm of `ARMS`, written out, for n teachers."""  # fmt: skip
     join, noise, cut = "total('replace-one')", f"gaussian({sigma})", f"threshold({max(thresh * n, 1e-9)})"
@@ -238,12 +237,8 @@ def _method(arm: str, o: dict[str, Any], n: int) -> str:
     proj = {"pca": "pca"}.get(arm, "random" if arm == "random_proj" and o["increasing_dim"] else "")
     if proj == "random":
         channel = channel.replace(f"project({o['pca_dim']}, blocks={o['proj_mat']}), ", "")
-    values = {
-        k: o[k]
-        for k in ("teachers_batch", "batch_teachers", "batch_size", "d_step", "g_step", "pretrain_teacher", "learning_rate",
-                  "maker_rate", "beta1", "epoch", "steps", "train_size", "shuffle", "random_label", "labels", "orders", "pca_dim",
-                  "pca_sigma", "pretrain_share")
-    }  # fmt: skip
+    own = inspect.signature(catalog("synthesizers")["datalens"]).parameters
+    values = {k: o[k] for k in own if k in o and k not in ("critic", "maker", "pretrain")}  # those are written as calls
     values |= {"accounting": "data-dependent" if arm == "signsgd_dept" else o["accounting"], "proj": proj}
     values |= {"increasing_dim": o["increasing_dim"] and bool(proj)}
     values |= {"calibrate": not o["sigma"] and arm != "non_private"}

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Generator, Tensor
 
+from qleak import random
 from qleak.catalog import factory
 from qleak.check import at_least, whole
 from qleak.synth import layers
@@ -112,3 +113,8 @@ def _perceptron(hidden: int, z_dim: int, depth: int, norm: bool) -> Maker:
         return torch.sigmoid(layers.unflatten(params, "out", layers.linear(params, "out", h)))
 
     return Maker(init, apply, z_dim)
+
+
+def noise(maker: Maker, count: int, *path: int | str) -> Tensor:
+    """The maker's z `[count z]`, uniform in [−1, 1]; the draw belongs to `path`."""
+    return 2 * random.uniform(random.generator(*path), (count, maker.z_dim)) - 1

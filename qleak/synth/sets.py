@@ -19,7 +19,7 @@ from qleak import data
 from qleak.check import Expected, at_least, whole
 from qleak.data import arrays, images, listed
 from qleak.data.sets import SETS
-from qleak.types import Dataset
+from qleak.types import Dataset, Public
 
 SIDE = 64  # of CelebA's and Places365's images where no size is given: the published one
 GROUPS = ("indoor", "outdoor, natural", "outdoor, man-made")
@@ -85,6 +85,12 @@ def records(name: str, split: str = "train", size: int = 0, limit: int = 0) -> D
     sized = size > 0 and name in SETS and SETS[name].sized
     found = data.load(name, split, limit=limit or None, size=size if sized else None)
     return found if sized or not size else pooled(found, size)
+
+
+def public(found: Dataset) -> Public:
+    """What everybody may know of a set: how many records, of which shape, how many classes."""
+    c, h, w = found.x.shape[1:]
+    return Public(len(found.x), (c, h, w), found.classes)
 
 
 def pooled(found: Dataset, size: int) -> Dataset:

@@ -8,8 +8,10 @@ from torch.func import grad
 from torch.nn.functional import one_hot
 
 from qleak import random
+from qleak.synth import makers
+from qleak.synth.sets import public
 from qleak.train.rules import adam
-from qleak.types import Dataset, Maker, Params, Public, Spend, Synthesizer
+from qleak.types import Dataset, Maker, Params, Spend, Synthesizer
 
 BATCH = 100
 
@@ -18,8 +20,7 @@ def start(
     teacher: Synthesizer, budget: Spend, maker: Maker, made: Params, data: Dataset, steps: int, rate: float, seed: int
 ) -> Params:
     """Spends `budget` on `teacher`, then fits G(z, y) to its samples: Adam on mean ‖G(z, y) − x‖², z drawn anew."""
-    c, h, w = data.x.shape[1:]
-    known = Public(len(data.x), (c, h, w), data.classes)
+    known = public(data)
     state = teacher.init(data, budget, random.key(seed, "warm"))
     for t in range(budget.steps):
         state = teacher.step(data, budget, state, t)
@@ -32,6 +33,6 @@ def start(
     for i in range(steps):
         labels = (torch.arange(BATCH) % known.classes).to(data.x.device)
         x = teacher.sample(known, released, labels, random.key(seed, "warm sample", i))
-        z = 2 * random.uniform(random.generator(seed, "warm z", i), (BATCH, maker.z_dim)).to(x.device) - 1
+        z = makers.noise(maker, BATCH, seed, "warm z", i).to(x.device)
         made, kept = rule.update(made, kept, grad(loss)(made, z, one_hot(labels, known.classes).to(x), x), rate)
     return made

@@ -6,12 +6,12 @@ import math
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
+from einops import parse_shape, rearrange
 from torch import Tensor
 
 from qleak import accounting, check, random
 from qleak.catalog import factory
-from qleak.synth import moments
+from qleak.synth import moments, sets
 from qleak.types.models import Dataset
 from qleak.types.synthesis import Public, Spend, Synthesizer
 from qleak.types.trees import Tree
@@ -66,12 +66,13 @@ def class_means(spread: float = 0.25, clip: float = 0.0) -> Synthesizer:
         return Means(torch.tensor(seed), torch.full((data.classes, *data.x.shape[1:]), 0.5, device=data.x.device))
 
     def step(data: Dataset, spent: Spend, state: Means, t: int) -> Means:
-        c, h, w = data.x.shape[1:]
-        least = bound(Public(len(data.x), (c, h, w), data.classes))
+        least = bound(sets.public(data))
         table = moments.sums(data.x.flatten(1), data.y, data.classes, least)
         noise = random.normal(random.generator(int(state.seed), "class means", t), table.shape)
         means, _ = moments.split_sums(table + spent.noise * noise.to(table), least)
-        return state._replace(means=rearrange(means.clamp(0, 1).float(), "y (c h w) -> y c h w", c=c, h=h))
+        return state._replace(
+            means=rearrange(means.clamp(0, 1).float(), "y (c h w) -> y c h w", **parse_shape(data.x, "_ c h w"))
+        )
 
     def sample(public: Public, released: Tree, y: Tensor, seed: int) -> Tensor:
         means = released["means"][y]

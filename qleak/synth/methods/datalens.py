@@ -7,14 +7,12 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from qleak import random
 from qleak.catalog import factory
 from qleak.channels import Channel, chain, gaussian, stochastic_sign, threshold, top_k, total
 from qleak.check import at_least, between, one_of, positive, whole
-from qleak.synth import budgets, canary, loop, votes_kept
+from qleak.synth import budgets, canary, loop, makers, votes_kept
 from qleak.synth.critics import dcgan_critic
 from qleak.synth.loop import Options, State
-from qleak.synth.makers import dcgan_maker
 from qleak.types import Critic, Maker, Public, Synthesizer, Tree
 
 PAPERS = (
@@ -106,6 +104,7 @@ def datalens(
         Expected: an argument out of range, a channel that does not sum teachers once; when the budget is settled, fewer
             records than teachers, or a step that costs more than the budget.
     """
+    given = dict(locals())  # the options are these parameters, by their names
     counts = {
         "teachers_batch": teachers_batch,
         "batch_teachers": batch_teachers,
@@ -134,15 +133,11 @@ def datalens(
     default = (top_k(k=200), stochastic_sign(1e-5), total("replace-one"), gaussian(5000.0), threshold(2800.0))
     channel = channel or chain(*default)
     budgets.one_release(channel)
-    options = Options(
-        critic or dcgan_critic(), maker or dcgan_maker(), channel, teachers_batch, batch_teachers, batch_size, d_step,
-        g_step, pretrain_teacher, learning_rate, maker_rate, beta1, epoch, steps, train_size, shuffle, random_label, labels,
-        accounting, orders, calibrate, proj, pca_dim, pca_sigma, increasing_dim, pretrain, pretrain_share,
-        pretrain_steps, moments, dealing,
-    )  # fmt: skip
+    given |= {"critic": critic or dcgan_critic(), "maker": maker or makers.dcgan_maker(), "channel": channel}
+    options = Options(**given)
 
     def sample(public: Public, released: Tree, y: Tensor, seed: int) -> Tensor:
-        z = 2 * random.uniform(random.generator(seed, "z"), (len(y), options.maker.z_dim)).to(y.device) - 1
+        z = makers.noise(options.maker, len(y), seed, "z").to(y.device)
         return options.maker.apply(released, z, one_hot(y, public.classes).to(z)).detach()
 
     def statistics(public: Public, state: State) -> dict[str, Any]:
