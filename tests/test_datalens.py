@@ -9,6 +9,7 @@ import torch
 from qleak import accounting, random, tree
 from qleak.catalog import build, catalog
 from qleak.engine import making
+from qleak.engine.synthesis import Price
 from qleak.errors import Expected
 from qleak.plans import Synthesis, from_json
 from qleak.plans.lens import ARMS, aggregator, lens
@@ -267,6 +268,30 @@ def test_every_aggregator_runs_from_flags_to_an_image(arm):
     assert x.shape == (10, 1, 16, 16) and x.isfinite().all() and 0 <= x.min() <= x.max() <= 1
     before = synthesizer.init(records, synthesizer.spend(loop.public(records), 1e6, 1e-5), 1).maker
     assert any(not torch.equal(v, before[k]) for k, v in state.maker.items())
+
+
+def test_what_is_released_before_the_first_step_is_charged_from_the_first_row_on():
+    text = "channel=chain(unit(), total('replace-one'), gaussian(1.0)), calibrate=True, steps=2, pretrain=class_means()"
+    plan = Synthesis(data="mnist", methods=(build("synthesizers", f"datalens({SMALL}, {text})"),), names=("warm",))
+    price = Price(plan, Public(120, (1, 8, 8), 10))
+    mu = accounting.mu_of(1.0) * 0.3**0.5  # the share that `pretrain` has by default
+    assert price.epsilon(0, 0) == pytest.approx(accounting.exact_epsilon(mu, 1e-5), rel=1e-6)
+    assert 0 < price.epsilon(0, 0) < price.epsilon(0, 1) < price.epsilon(0, 2) <= 1
+    assert price.epsilon(1, 0) == 0  # the floor has released nothing yet
+
+
+def test_a_canary_counts_every_vote_of_a_step():
+    """Two votes a step: twice the promise at one σ, and no sum beyond the channel's own sensitivity 2√k."""
+    seen, records = [], some()
+    for votes in (1, 2):
+        synthesizer, o = options(f"datalens({SMALL}, {VOTE}, steps=3, g_step={votes})")
+        spend = synthesizer.spend(loop.public(records), 1e6, 1e-5)
+        seen.append(synthesizer.canary(records, spend, 1, "relabelled"))
+    assert seen[1]["promised"] == pytest.approx(2 * seen[0]["promised"])
+    assert seen[1]["divergence"] > seen[0]["divergence"] and seen[1]["reach"] <= 1 + 1e-6
+    assert canary._sensitivity(o.channel, 64, spend.noise) == pytest.approx(2 * 5**0.5)
+    steps = canary.witness(o, records, spend, 1, "relabelled").reach * 2 * 5**0.5
+    assert steps**2 == pytest.approx(round(steps**2), abs=1e-4)  # moves of whole votes, measured in the right unit
 
 
 def test_growing_dimensions_cost_what_they_send():

@@ -35,8 +35,6 @@ class Price:
         self.epsilon = functools.lru_cache(maxsize=None)(lambda arm, t: self._epsilon(arm, t, plan.delta))
 
     def _epsilon(self, arm: int, t: int, delta: float) -> float | None:
-        if t == 0 and self.arms[arm].method.unsound == "" and self.spends[arm].event(1) is not None:
-            return 0.0
         return None if self.arms[arm].method.unsound else epsilon(self.spends[arm].event(t), delta)
 
 

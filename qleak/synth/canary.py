@@ -14,12 +14,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.functional import one_hot
 
-from qleak import accounting, random
+from qleak import accounting
+from qleak.channels import Channel
 from qleak.check import one_of
-from qleak.synth import loop, original, vote
+from qleak.synth import loop, original
 from qleak.synth.loop import Options, State
 from qleak.types import Dataset, Spend
 
@@ -63,48 +62,31 @@ def planted(o: Options, data: Dataset, seed: int) -> int:
 
 
 def witness(o: Options, data: Dataset, spend: Spend, seed: int, kind: str) -> Witness:
-    """Runs D and D′ side by side: own teachers, the generator of D's votes for both."""
-    other = neighbour(data, planted(o, data, seed), kind)
-    known, device = loop.public(data), data.x.device
+    """Runs D and D′ side by side: own teachers, the generator and the basis of D's votes for both."""
+    other, known = neighbour(data, planted(o, data, seed), kind), loop.public(data)
     mine, its = loop.begin(o, data, spend, seed), loop.begin(o, other, spend, seed)
-    batch, count = o.per(known.n)
-    channel = vote.louder(o.channel, spend.noise / vote.sigma(o.channel)) if o.calibrate else o.channel
-    squares, largest = 0.0, 0.0
+    channel, squares, reach = loop.loud(o, spend), 0.0, 0.0
     for t in range(spend.steps):
-        z = loop.noise(o.maker, batch, seed, t, 0).to(device)
-        wanted = one_hot(loop.labels(o, batch, known.classes, seed, t, 0).to(device), known.classes).to(z)
-        steps = o.pretrain_teacher if t < count else o.d_step
-        its = its._replace(maker=mine.maker)
-        taught = [_taught(o, d, s, seed, t, z, steps) for d, s in ((data, mine), (other, its))]
-        images = o.maker.apply(mine.maker, z, wanted).detach()
-        space = mine.space[:, : o.width(known, t)] if o.proj else None
-        sums = [
-            vote.aggregate(
-                channel, loop.rows(o, s.teachers, images, wanted, space), random.generator(seed, "vote", t, 0)
-            )
-            for s in taught
-        ]
-        delta = (sums[0].sums - sums[1].sums).flatten(1).norm(dim=1)
-        squares += float(delta.square().sum())
-        largest = max(largest, float(delta.max()))
-        along = sums[0].released if space is None else sums[0].released @ space.T
-        made, kept = loop.ascend(o, mine.maker, mine.rule, z, wanted, along.reshape(images.shape))
-        mine, its = taught[0]._replace(maker=made, rule=kept), taught[1]
-    event = spend.event(spend.steps)
-    promised = accounting.gaussian_mu(event) or 0.0
-    sensitivity = spend.noise * promised / (batch * spend.steps) ** 0.5
+        space = loop.space_of(o, known, mine, t)
+        both = [loop.taught(o, d, s, t) for d, s in ((data, mine), (other, its._replace(maker=mine.maker)))]
+        made, kept = mine.maker, mine.rule
+        for g in range(o.g_step):
+            asked = loop.common(o, known, made, seed, t, g)
+            found = [loop.heard(o, channel, held, asked, space, seed, t, g) for held in both]
+            moved = (found[0].sums - found[1].sums).flatten(1).norm(dim=1)
+            squares += float(moved.square().sum())
+            reach = max(reach, float(moved.max()) / _sensitivity(channel, o.width(known, t), spend.noise))
+            made, kept = loop.ascend(o, made, kept, asked, found[0].released, space)
+        mine, its = mine._replace(teachers=both[0], maker=made, rule=kept), its._replace(teachers=both[1])
+    promised = accounting.gaussian_mu(spend.event(spend.steps)) or 0.0
     seen = squares**0.5 / spend.noise
-    return Witness(
-        _differ(mine, its), largest / sensitivity, seen**2 / 2, promised**2 / 2, accounting.exact_epsilon(seen, spend.delta)
-    )  # fmt: skip
+    epsilon = accounting.exact_epsilon(seen, spend.delta)
+    return Witness(_differ(mine, its), reach, seen**2 / 2, promised**2 / 2, epsilon)
 
 
-def _taught(o: Options, data: Dataset, state: State, seed: int, t: int, z: Tensor, steps: int) -> State:
-    """The state with its teachers' discriminator steps of step t taken."""
-    batch, count = o.per(len(data.y))
-    owned, y = loop.records(o, data, seed)
-    at = owned[:, (t % count) * batch : (t % count + 1) * batch]
-    return state._replace(teachers=loop.learn(o, data, state, at, y, z, steps))
+def _sensitivity(channel: Channel, width: int, sigma: float) -> float:
+    """Δ of one image's sum, from the channel's own event: σ is Δ times the noise multiplier."""
+    return sigma * (accounting.gaussian_mu(channel.facts({"x": torch.zeros(width)}).event) or 0.0)
 
 
 def _differ(mine: State, its: State) -> int:

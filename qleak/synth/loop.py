@@ -14,7 +14,8 @@ from torch.nn.functional import one_hot
 
 from qleak import accounting, random, tree
 from qleak.channels import Channel
-from qleak.synth import basis, budgets, original, partition, teachers, vote, warm
+from qleak.synth import basis, budgets, makers, original, partition, teachers, vote, warm
+from qleak.synth.sets import public
 from qleak.synth.teachers import Teachers
 from qleak.train.rules import AdamState, adam
 from qleak.types import Critic, Dataset, Maker, Params, Public, Spend, Synthesizer
@@ -90,10 +91,12 @@ class State(NamedTuple):
     dependent: Tensor
 
 
-def public(data: Dataset) -> Public:
-    """What is public of a set."""
-    c, h, w = data.x.shape[1:]
-    return Public(len(data.x), (c, h, w), data.classes)
+class Common(NamedTuple):
+    """What all teachers judge: noise `[b z]`, labels `[b class]`, images G(z, y) `[b c h w]`."""
+
+    z: Tensor
+    wanted: Tensor
+    images: Tensor
 
 
 def begin(o: Options, data: Dataset, spend: Spend, seed: int) -> State:
@@ -124,29 +127,55 @@ def advance(o: Options, data: Dataset, spend: Spend, state: State, t: int) -> St
     dependent = o.accounting == "data-dependent"
     if dependent and original.convert(state.dependent, spend.delta, o.orders) > spend.target:
         return state
-    known, seed, device = public(data), int(state.seed), data.x.device
-    batch, count = o.per(known.n)
-    owned, y = records(o, data, seed)
-    at = owned[:, (t % count) * batch : (t % count + 1) * batch]
-    z = noise(o.maker, batch, seed, t, 0).to(device)
-    learnt = learn(o, data, state, at, y, z, o.pretrain_teacher if t < count else o.d_step)
+    known, seed = public(data), int(state.seed)
+    learnt, channel, space = taught(o, data, state, t), loud(o, spend), space_of(o, known, state, t)
     made, kept, charged = state.maker, state.rule, state.dependent
-    channel = vote.louder(o.channel, spend.noise / vote.sigma(o.channel)) if o.calibrate else o.channel
     for g in range(o.g_step):
-        z = z if g == 0 else noise(o.maker, batch, seed, t, g).to(device)
-        wanted = one_hot(labels(o, batch, known.classes, seed, t, g).to(device), known.classes).to(z)
-        images = o.maker.apply(made, z, wanted).detach()
-        space = state.space[:, : o.width(known, t)] if o.proj else None
-        found = vote.aggregate(channel, rows(o, learnt, images, wanted, space), random.generator(seed, "vote", t, g))
+        asked = common(o, known, made, seed, t, g)
+        found = heard(o, channel, learnt, asked, space, seed, t, g)
         if dependent:
             charged = charged + original.dependent_rdp(
                 found.noised.cpu(), _kept(channel, found), spend.noise, o.orders, False
             )
             if original.convert(charged, spend.delta, o.orders) > spend.target:
                 break
-        along = found.released if space is None else found.released @ space.T
-        made, kept = ascend(o, made, kept, z, wanted, along.reshape(images.shape))
+        made, kept = ascend(o, made, kept, asked, found.released, space)
     return State(state.seed, learnt, made, kept, state.space, charged)
+
+
+def taught(o: Options, data: Dataset, state: State, t: int) -> Teachers:
+    """The teachers after their discriminator steps of step t."""
+    batch, count = o.per(len(data.y))
+    owned, y = records(o, data, int(state.seed))
+    at = owned[:, (t % count) * batch : (t % count + 1) * batch]
+    z = noise(o.maker, batch, int(state.seed), t, 0).to(data.x.device)
+    return learn(o, data, state, at, y, z, o.pretrain_teacher if t < count else o.d_step)
+
+
+def common(o: Options, known: Public, made: Params, seed: int, t: int, g: int) -> Common:
+    """The images that all teachers judge in vote g of step t."""
+    batch, device = o.per(known.n)[0], next(iter(made.values())).device
+    z = noise(o.maker, batch, seed, t, g).to(device)
+    wanted = one_hot(labels(o, batch, known.classes, seed, t, g).to(device), known.classes).to(z)
+    return Common(z, wanted, o.maker.apply(made, z, wanted).detach())
+
+
+def loud(o: Options, spend: Spend) -> Channel:
+    """The channel with the noise that the budget asks for."""
+    return vote.louder(o.channel, spend.noise / vote.sigma(o.channel)) if o.calibrate else o.channel
+
+
+def space_of(o: Options, known: Public, state: State, t: int) -> Tensor | None:
+    """The directions `[d m]` that rows are sent in at step t; None for pixels."""
+    return state.space[:, : o.width(known, t)] if o.proj else None
+
+
+def heard(
+    o: Options, channel: Channel, held: Teachers, asked: Common, space: Tensor | None, seed: int, t: int, g: int
+) -> vote.Votes:
+    """What becomes of vote g of step t."""
+    sent = rows(o, held, asked.images, asked.wanted, space)
+    return vote.aggregate(channel, sent, random.generator(seed, "vote", t, g))
 
 
 def records(o: Options, data: Dataset, seed: int) -> tuple[Tensor, Tensor]:
@@ -199,10 +228,14 @@ def rows(o: Options, held: Teachers, images: Tensor, wanted: Tensor, space: Tens
 
 
 def ascend(
-    o: Options, made: Params, kept: AdamState, z: Tensor, wanted: Tensor, along: Tensor
+    o: Options, made: Params, kept: AdamState, asked: Common, released: Tensor, space: Tensor | None
 ) -> tuple[Params, AdamState]:
-    """An Adam step up ⟨G(z, y), a⟩: the published squared distance to G + α·a has the gradient −2α·a, and Adam divides α out."""
-    slope = grad(lambda params: -(o.maker.apply(params, z, wanted) * along).sum())(made)
+    """An Adam step up ⟨G(z, y), a⟩, a = `released [b m]` brought back to pixels.
+
+    The published squared distance to G + α·a has the gradient −2α·a, and Adam divides α out.
+    """
+    along = (released if space is None else released @ space.T).reshape(asked.images.shape)
+    slope = grad(lambda params: -(o.maker.apply(params, asked.z, asked.wanted) * along).sum())(made)
     return adam(b1=o.beta1).update(made, kept, slope, o.maker_rate or o.learning_rate)
 
 
@@ -231,7 +264,7 @@ def warm_budget(o: Options, known: Public, target: float, delta: float) -> Spend
 
 def noise(maker: Maker, count: int, seed: int, t: int, g: int) -> Tensor:
     """Z `[b z]`, uniform in [−1, 1]."""
-    return 2 * random.uniform(random.generator(seed, "z", t, g), (count, maker.z_dim)) - 1
+    return makers.noise(maker, count, seed, "z", t, g)
 
 
 def labels(o: Options, count: int, classes: int, seed: int, t: int, g: int) -> Tensor:
