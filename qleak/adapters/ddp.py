@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.futures import Future
 
-from qleak import random, tree
-from qleak.adapters import capture, payload
+from qleak import tree
+from qleak.adapters import capture, payload, sending
 from qleak.adapters.ranks import Bucket, Hook, State, gradients, names_of, state
 from qleak.adapters.recording import recording
 from qleak.channels import Channel
@@ -90,20 +90,11 @@ def _like(state: State, bucket: Bucket, per: str) -> Tree:
 
 def _sent(channel: Channel, state: State, update: Tree, like: Tree, seed: int, number: int) -> tuple[Tensor, Tree]:
     """(payload, what it decodes to) of this rank; the state's memory and counters go on."""
-    device = next(iter(like.values())).device
-    if state.memory is None:
-        state.memory = channel.init(like, random.generator("ddp", seed, "memory"))  # the same on every rank
-    path = (seed, state.rank, state.step, number)
-    places = random.key("ddp", *path, "places") % 2**32
-    noise = payload.draw(channel, random.generator("ddp", *path), like, places)
-    noise = tree.nested_map(lambda v: v.to(device), noise)
-    knobs = channel.knobs(device=device)
-    messages, after = channel.send(knobs, update, noise, state.memory, like)
-    state.memory = after if tree.flatten(after) else None
-    data = payload.pack(channel, messages[-1], like, places)
-    state.sent += data.numel()
+    left = sending.send(channel, update, like, state.memory, ("ddp", seed), (state.rank, state.step, number))
+    state.memory = left.memory
+    state.sent += left.data.numel()
     state.dense += 4 * tree.count(like)
-    return data, channel.receive(knobs, messages[-1], like)
+    return left.data, left.decoded
 
 
 def _mean(channel: Channel, payloads: list[Tensor], like: Tree) -> Tree:

@@ -24,8 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qleak import random, tree
-from qleak.adapters import capture, payload
+from qleak.adapters import capture, sending
 from qleak.channels import Channel
 from qleak.check import Expected, positive
 from qleak.types import Tree
@@ -109,21 +108,15 @@ def through(channel: Channel, seed: int = 0, names: Sequence[str] = (), record: 
         update = {k: (v - returned[k]).float() for k, v in given.items() if k in returned}
         _fits(update, names)
         node, number = ctxt.node_id, _count(ctxt, "qleak-sent")
-        state = memory.get(node)
-        state = channel.init(update, random.generator("flower", seed, "memory")) if state is None else state
-        places = random.key("flower", seed, node, number, "places") % 2**32
-        noise = payload.draw(channel, random.generator("flower", seed, node, number), update, places)
-        messages, after = channel.send(channel.knobs(), update, noise, state, update)
-        memory[node] = after if tree.flatten(after) else None
-        decoded = channel.receive(channel.knobs(), messages[-1], update)
-        _replace(reply, {k: (given[k] - decoded[k]).to(given[k].dtype) for k in update}, names)
-        data = payload.pack(channel, messages[-1], update, places)
+        left = sending.send(channel, update, update, memory.get(node), ("flower", seed), (node, number))
+        memory[node] = left.memory
+        _replace(reply, {k: (given[k] - left.decoded[k]).to(given[k].dtype) for k in update}, names)
         for metrics in reply.content.metric_records.values():
-            metrics["qleak-bytes"] = data.numel()
+            metrics["qleak-bytes"] = left.data.numel()
         if record is not None:
             meta = {"hook": "qleak.adapters.flower.through", "channel": channel.spec, "quantity": "difference"}
-            sent = [capture.Sent("reply", data, list(decoded))]
-            capture.save(Path(record), decoded, sent, meta | {"step": number, "rank": node})
+            sent = [capture.Sent("reply", left.data, list(left.decoded))]
+            capture.save(Path(record), left.decoded, sent, meta | {"step": number, "rank": node})
         return reply
 
     return mod
