@@ -192,6 +192,11 @@ def score(x: Tensor, labels: Tensor, secret: Secret) -> dict[str, list[Any]]:
     }
 
 
+def picture(x: Tensor) -> Tensor:
+    """A guess as it is scored and shown: in [0, 1], mid-grey where it is not finite."""
+    return torch.where(x.isfinite(), x, 0.5).clamp(0, 1)
+
+
 def _pictures(guess: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float64 on the CPU; the guess grey where it is not finite, and clamped to [0, 1]."""
     if guess.ndim != 4 or guess.shape != truth.shape:
@@ -200,4 +205,4 @@ def _pictures(guess: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     check.finite(truth=truth)
     if truth.numel() and not 0 <= truth.min() <= truth.max() <= 1:
         raise Expected(f"Expected true images in [0, 1], got [{truth.min():g}, {truth.max():g}]: undo the scaling.")
-    return torch.where(guess.isfinite(), guess, 0.5).clamp(0, 1), truth
+    return picture(guess), truth

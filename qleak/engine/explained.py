@@ -18,7 +18,7 @@ from qleak import tree
 from qleak.catalog import short
 from qleak.engine.decoys import Held, message_of
 from qleak.jobs import Done
-from qleak.metrics import match, psnr, score
+from qleak.metrics import match, picture, psnr, score
 from qleak.plans import Captured, Chunk
 from qleak.types import Message, Status, Tree
 
@@ -54,11 +54,6 @@ def residual(plan: Captured, given: Held, x: Tensor, y: Tensor, index: int) -> f
     return off if math.isfinite(off) else math.inf
 
 
-def picture(x: Tensor) -> Tensor:
-    """A guess as it is scored: in [0, 1], mid-grey where it is not finite."""
-    return torch.where(x.isfinite(), x, 0.5).clamp(0, 1).float()
-
-
 def variation(x: Tensor) -> float:
     """Mean |∂x| over both directions: photographs have some hundredths, noise some tenths."""
     return float((x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()) / 2)
@@ -85,7 +80,7 @@ def rows(plan: Captured, given: Held, done: list[tuple[Chunk, Done]]) -> tuple[l
 
 def _lane(plan: Captured, given: Held, chunk: Chunk, done: Done, i: int) -> Lane:
     lane, attack = chunk.lanes[i], plan.attacks[chunk.attack]
-    x, labels = picture(done.guess.x[i]), done.guess.labels[i]
+    x, labels = picture(done.guess.x[i]).float(), done.guess.labels[i]
     name = short(attack.spec)
     row: dict[str, Any] = {
         "key": f"{chunk.key}-{i}", "id": plan.id, "attack": name, "control": lane.control, "restart": lane.restart,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from qleak import store
 from qleak.errors import Expected
+from qleak.metrics import picture
 from qleak.plans import label
 from qleak.report import words
 from qleak.store import Row
@@ -46,7 +46,7 @@ class Audited:
     def guess(self, row: Row) -> Tensor:
         """The pictures of a row, `[b c h w]` in [0, 1]."""
         x = store.read_tensors(self.folder, f"chunk-{row['chunk']}")["x"][row["lane"]].float()
-        return torch.where(x.isfinite(), x, 0.5).clamp(0, 1)
+        return picture(x)
 
     def best(self, control: str = "none") -> Row | None:
         """The row of smallest residual of a control."""

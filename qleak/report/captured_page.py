@@ -8,7 +8,6 @@ from torch import Tensor
 
 from qleak.report import captured, sheets
 from qleak.report.captured import Audited
-from qleak.report.stored import rgb
 from qleak.store import Row
 
 SHOWN = 16  # images of a batch
@@ -61,4 +60,4 @@ def _picture(x: Tensor, row: Row, j: int, hit: bool) -> dict[str, Any]:
 
 
 def _uri(pixels: Tensor) -> str:
-    return sheets.uri(sheets.png(rgb(pixels.float().clamp(0, 1))))
+    return sheets.image_uri(pixels.float().clamp(0, 1))

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor
 
 from qleak.report import words
-from qleak.report.stored import Stored, rgb
+from qleak.report.sheets import image_uri
+from qleak.report.stored import Stored
 
 SIDE = 64  # pixels of a picture in a sheet; larger ones are averaged down
 WEIGHT = 4_500_000  # characters of pictures in all sheets; the first sheet is always whole
@@ -34,7 +32,7 @@ def _grid(run: Stored, control: str) -> dict[str, Any]:
         for arm in arms:
             row = chosen.get((*arm, image))
             shown.append(row and _picture(run.guess(row), " · ".join(arm), row))
-        lines.append({"image": image, "label": run.labels[image], "original": _data_uri(original), "pictures": shown})
+        lines.append({"image": image, "label": run.labels[image], "original": image_uri(original), "pictures": shown})
     return {"control": control, "arms": arms, "lines": lines}
 
 
@@ -68,7 +66,7 @@ def _sheets(run: Stored) -> Iterator[dict[str, Any]]:
                 break
             weight += made
             yield {
-                "control": control, "image": image, "label": run.labels[image], "original": _data_uri(_small(original)),
+                "control": control, "image": image, "label": run.labels[image], "original": image_uri(_small(original)),
                 "attacks": attacks, "lines": lines,
             }  # fmt: skip
 
@@ -85,12 +83,4 @@ def _picture(pixels: Tensor, arm: str, row: dict[str, Any]) -> dict[str, Any]:
     )
     psnr = f"{row['psnr']:.1f} dB"
     alt = f"Guess at image {row['image']} by {arm}: {psnr}"
-    return {"uri": _data_uri(pixels), "title": title, "alt": alt, "psnr": psnr, "success": row["success"]}
-
-
-def _data_uri(pixels: Tensor) -> str:
-    from matplotlib.image import imsave
-
-    png = io.BytesIO()
-    imsave(png, rearrange(rgb(pixels), "c h w -> h w c").numpy(), format="png")
-    return f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return {"uri": image_uri(pixels), "title": title, "alt": alt, "psnr": psnr, "success": row["success"]}

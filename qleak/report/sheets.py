@@ -1,4 +1,4 @@
-"""Sheets of labelled images: one column per class, as a PNG."""
+"""Images and sheets of them, one column per class, as PNGs."""
 
 from __future__ import annotations
 
@@ -44,3 +44,8 @@ def png(picture: Tensor, scale: int = 1) -> bytes:
 def uri(data: bytes) -> str:
     """A PNG for a page that stands alone."""
     return f"data:image/png;base64,{base64.b64encode(data).decode()}"
+
+
+def image_uri(pixels: Tensor) -> str:
+    """One image `[c h w]` in [0, 1] as such a PNG."""
+    return uri(png(rgb(pixels)))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from einops import repeat
 from torch import Tensor
 
 from qleak import store
 from qleak.errors import Expected, Failed
+from qleak.metrics import picture
 from qleak.store import Row
 
 Arm = tuple[str, str]
@@ -62,7 +62,7 @@ class Stored:
     def guess(self, row: Row) -> Tensor:
         """The reconstruction `[c h w]` of a row as it was scored: in [0, 1], mid-grey where it is not finite."""
         x = self.chunks[row["chunk"]]["x"][row["lane"], row["order"]].float()
-        return torch.where(x.isfinite(), x, 0.5).clamp(0, 1)
+        return picture(x)
 
     def curves(self, arm: Arm, most: int = 24) -> list[Curve]:
         """Loss curves of at most `most` lanes of an arm, selected lanes first; lanes without points have none."""
