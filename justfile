@@ -64,6 +64,11 @@ reproduce:
 full:
     for recipe in {{recipes}}; do qleak recipe run $recipe --full || exit 1; done
 
+# correctness and rates on one CUDA device; without one it says so
+[group('reproduce')]
+gpu *args:
+    python benchmarks/gpu.py {{args}}
+
 # together against one after another: many trainings as lanes of one
 [group('reproduce')]
 bench-lanes:

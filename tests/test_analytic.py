@@ -127,9 +127,9 @@ def test_labels_are_solved_from_the_images():
     """Also repeated ones; and given labels, in whatever order, are dealt to their images."""
     view, x, y = scene("mlp(channels=1, size=6, classes=5, hidden=(30,))", batch=6)
     update = tree.at(view.decoded(), 0)
-    assert torch.equal(solve_labels(view.model.layers, view.params, x, update), y)
-    assert torch.equal(solve_labels(view.model.layers, view.params, x.flip(0), update, y), y.flip(0))
-    assert not torch.equal(solve_labels(view.model.layers, view.params, 1 - x, update), y)
+    assert torch.equal(solve_labels(view.model.layers, view.params, {}, x, update), y)
+    assert torch.equal(solve_labels(view.model.layers, view.params, {}, x.flip(0), update, y), y.flip(0))
+    assert not torch.equal(solve_labels(view.model.layers, view.params, {}, 1 - x, update), y)
 
 
 def test_codes_cost_precision_and_no_more():

@@ -349,9 +349,10 @@ def test_deep_lenet_at_depth_three_is_lenet():
     assert build("models", "deep_mlp(depth=2, width=5)").layers == build("models", "mlp(hidden=(5, 5))").layers
 
 
-def test_activations_without_a_formula_take_the_general_route():
-    silu = build("models", "mlp(size=4, hidden=(6,), function='silu')")
-    assert not structured.supports(silu.layers) and structured.supports(build("models", "mlp").layers)
+def test_a_chain_of_known_layers_takes_the_explicit_route_and_nothing_else_does():
+    for name in ("mlp(size=4, hidden=(6,), function='silu')", "lenet5(pool='max', norm='group')", "convnet64(width=4)"):
+        assert structured.supports(build("models", name).layers)
+    assert not structured.supports(build("models", "resnet(depth=8)").layers)
 
 
 # --- names ----------------------------------------------------------------------------------------

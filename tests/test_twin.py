@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch.func import grad, vmap
 
-from qleak import random, tree
-from qleak.attacks import adam, cells, dlg, idlg, lbfgs, routes, sign_adam, structured
+from qleak import client, random, tree
+from qleak.attacks import adam, cells, dlg, idlg, layer_rules, lbfgs, routes, sign_adam, slopes, structured
 from qleak.attacks.drive import drive
 from qleak.attacks.objectives import goal, objective
 from qleak.catalog import build
 from qleak.channels import chain, identity, uniform
 from qleak.client import LOSSES, View, gradient
-from qleak.types import Message, Status
+from qleak.models.layers import ACTIVATIONS
+from qleak.types import Layer, Message, Status
 
 LENET = "lenet(channels=1, size=8, classes=4, width=3)"
 MLP = "mlp(channels=1, size=6, classes=4, hidden=(7, 5))"
@@ -128,8 +129,8 @@ def test_another_attack_is_not_the_twin():
 
 def test_a_wrong_slope_formula_is_caught(monkeypatch):
     """The broken variant: sigmoid′ without its a."""
-    right = structured.slope
-    monkeypatch.setattr(structured, "slope", lambda f, z, a: 1 - a if f == "sigmoid" else right(f, z, a))
+    right = layer_rules.slope
+    monkeypatch.setattr(layer_rules, "slope", lambda f, z, a: 1 - a if f == "sigmoid" else right(f, z, a))
     assert apart(dlg(outer=1), LENET, label=False, steps=2) > 1e-6
 
 
@@ -267,7 +268,7 @@ def disagreement(results) -> float:
 
 @pytest.mark.parametrize("given", ["labels", "errors"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("function", structured.SLOPES)
+@pytest.mark.parametrize("function", slopes.SLOPES)
 @pytest.mark.parametrize("spec", [LENET, MLP], ids=["lenet", "mlp"])
 def test_three_routes_agree(spec, function, batch, given):
     assert disagreement(three(plain_view(spec, batch=batch, function=function), given)) <= 1e-12
@@ -292,27 +293,28 @@ def lanes_differ(function, spec=LENET, batch=3, given="labels") -> float:
 
 @pytest.mark.parametrize("given", ["labels", "errors"])
 @pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("function", structured.SLOPES)
+@pytest.mark.parametrize("function", slopes.SLOPES)
 @pytest.mark.parametrize("spec", [LENET, MLP], ids=["lenet", "mlp"])
 def test_structured_gradients_are_the_gradients(spec, function, batch, given):
     assert lanes_differ(function, spec, batch, given) <= 1e-12
 
 
-@pytest.mark.parametrize("function", structured.SLOPES)
+@pytest.mark.parametrize("function", slopes.SLOPES)
 def test_a_wrong_slope_disagrees(function, monkeypatch):
     """The broken variant of both tests above, for every activation."""
-    right = structured.slope
-    monkeypatch.setattr(structured, "slope", lambda f, z, a: right(f, z, a) * 1.001)
+    right = layer_rules.slope
+    monkeypatch.setattr(layer_rules, "slope", lambda f, z, a: right(f, z, a) * 1.001)
     assert lanes_differ(function) > 1e-6
     assert disagreement(three(plain_view(MLP, function=function), "labels")) > 1e-6
 
 
-def test_every_slope_belongs_to_an_activation():
-    assert not structured.supports(build("models", f"{MLP[:-1]}, function='gelu')").layers)
+def test_what_has_no_formulas_runs_under_vmap():
+    assert {*slopes.SLOPES} == {*ACTIVATIONS}
     assert not structured.supports(None)
-    view = plain_view(MLP, function="gelu")
-    assert routes.pick(view.model, view.client, 3)[0] == "double"
-    assert routes.pick(view.model, view.client, routes.FORWARD_FROM)[0] == "forward"
+    assert not structured.supports((Layer("", "activation", {"function": "mish"}),))
+    bare = replace(build("models", MLP), layers=None)
+    assert routes.pick(bare, client.gradient(), 3)[0] == "double"
+    assert routes.pick(bare, client.gradient(), routes.FORWARD_FROM)[0] == "forward"
 
 
 # --- what happens to a broken lane -----------------------------------------------------------------

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from qleak import tree
-from qleak.attacks import labels, objectives, routes
+from qleak.attacks import boxes, labels, objectives, routes
 from qleak.catalog import factory
 from qleak.check import positive
 from qleak.client import View, one_hot
 from qleak.models.layers import apply_layer
-from qleak.types import Attack, Guess, Info, Layer, Params, Status, Tree
+from qleak.types import Attack, Buffers, Guess, Info, Layer, Params, Status, Tree
 
 PAPERS = (
     "Phong, Aono, Hayashi, Wang, Moriai. Privacy-Preserving Deep Learning via Additively HE. IEEE TIFS 2018.",
@@ -131,7 +131,7 @@ def read_lanes(view: View, tolerance: float, margin: float) -> tuple[Tensor, Ten
         else:
             x = separate(weight, bias, view.client.batch, tolerance, margin, noise[0], noise[1]).x
         x = x.clamp(0, 1)
-        found = solve_labels(view.model.layers, params, x.reshape(-1, *view.model.shape), mine, given)
+        found = solve_labels(view.model.layers, params, view.buffers, x.reshape(-1, *view.model.shape), mine, given)
         images = x.reshape(-1, *view.model.shape)
         wide = view._replace(params=params)
         update = routes.update_of(wide, images, one_hot(found, view.model.classes, torch.float64))
@@ -150,7 +150,7 @@ def spread(view: View) -> Tree:
     """Standard deviation of the decoded numbers, `{name: [lane …]}`: 0 for exact ones, a cell's width/√12 for codes."""
     goal = objectives.goal(view, "cells")
     zero = {k: v.new_zeros(view.lanes, *v.shape) for k, v in view.like.items()}
-    if not isinstance(goal, objectives.Box):
+    if not isinstance(goal, boxes.Box | boxes.Point):
         return zero
     if objectives.is_noisy(view, "cells"):
         return {k: (0.5 / goal.weight[k].clamp(min=1e-38)).sqrt().expand_as(v) for k, v in zero.items()}
@@ -258,7 +258,7 @@ def _filled(found: Found, rows: Tensor, sigma: Tensor, mean: Tensor, batch: int)
 
 
 def solve_labels(
-    layers: tuple[Layer, ...], params: Params, x: Tensor, update: Tree, given: Tensor | None = None
+    layers: tuple[Layer, ...], params: Params, buffers: Buffers, x: Tensor, update: Tree, given: Tensor | None = None
 ) -> Tensor:
     """Labels `[b]` of images, in their order, from the last linear layer's gradient.
 
@@ -268,7 +268,7 @@ def solve_labels(
     """
     h = x
     for layer in layers[:-1]:
-        h = apply_layer(layer, params, h)
+        h = apply_layer(layer, params, h, buffers)
     last = layers[-1].name
     system = torch.cat([h, h.new_ones(len(h), 1)], 1)  # [b d+1]
     goal = torch.cat([update[f"{last}.weight"], update[f"{last}.bias"][:, None]], 1)  # [class d+1]

@@ -113,6 +113,8 @@ def refuse(layers: tuple[Layer, ...] | None) -> str:
     if layers[-1].kind != "linear":
         return f"needs a last linear layer, layer {len(layers)} is {layers[-1].kind}."
     for i, layer in enumerate(layers, start=1):
+        if layer.kind in ("pool", "norm"):
+            return f"needs a chain of affine layers and activations: layer {i} is a {layer.kind}."
         if layer.kind == "activation" and layer.options["function"] not in SOLVED:
             known = ", ".join(sorted(SOLVED))
             return f"needs invertible activations ({known}): layer {i} is {layer.options['function']}."

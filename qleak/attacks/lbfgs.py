@@ -1,8 +1,10 @@
 """Batched L-BFGS in compact form: every lane its own history, one closure per lane and step.
 
 The inverse Hessian of a lane is γI + [S γY] M [S γY]ᵀ (Byrd, Nocedal, Schnabel 1994, theorem 2.2),
-so a direction costs two batched passes over the pairs and two small triangular solves, and no loop
-over the history. Pairs sit in a ring; the small Gram matrices are put in order of age when used.
+so a direction costs two batched passes over the pairs and no loop over the history. M is made of YᵀY, the diagonal
+of SᵀY and R⁻¹, R the upper triangle of SᵀY by age. The inverse itself is kept: a new pair adds one column to it, as in
+the usual inversion of a triangle column by column, and dropping the oldest pair drops a row and a column. None of that
+asks where in the triangle a pair stands, so pairs and matrices sit in a ring and nothing is ever put in order.
 """
 
 from __future__ import annotations
@@ -18,13 +20,18 @@ from qleak.types import Optimizer
 
 
 class LbfgsState(NamedTuple):
-    """`lane` first everywhere. `pairs` were stored since the last restart; `calls` counts updates."""
+    """`lane` first everywhere. `pairs` were stored since the last restart; `calls` counts updates.
+
+    Row i of `s [lane m d]`, `y`, `diagonal [lane m]` (sᵢᵀyᵢ), `inverse [lane m m]` (R⁻¹) and `yy` (YᵀY) is place i of the ring;
+    places without a pair are zero in the last three.
+    """
 
     calls: Tensor
     pairs: Tensor
     s: Tensor
     y: Tensor
-    sy: Tensor
+    diagonal: Tensor
+    inverse: Tensor
     yy: Tensor
     gamma: Tensor
     x: Tensor
@@ -61,7 +68,8 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         pairs = x.new_zeros(lanes, history, d)
         count = torch.zeros(lanes, dtype=torch.int64, device=x.device)
         return LbfgsState(
-            calls=torch.zeros((), dtype=torch.int64), pairs=count, s=pairs, y=pairs.clone(), sy=gram, yy=gram.clone(),
+            calls=torch.zeros((), dtype=torch.int64), pairs=count, s=pairs, y=pairs.clone(),
+            diagonal=gram[:, 0].clone(), inverse=gram, yy=gram.clone(),
             gamma=lane + 1, x=x, loss=lane + torch.inf, grad=torch.zeros_like(x), direction=torch.zeros_like(x),
             step=lane, slope=lane.clone(), started=count > 0,
         )  # fmt: skip
@@ -80,6 +88,7 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         d = torch.where(bad[:, None], -g0, d)
         slope = torch.where(bad, -g0.square().sum(-1), slope)
         count = torch.where(bad, 0, state.pairs)
+        _forget(state, bad)
         first = lr * (1 / g0.abs().sum(-1).clamp(min=1e-30)).clamp(max=1)
         if armijo:  # move every number by about a tenth; the line search takes it back if that was too far
             first = 0.1 * lr * x.shape[1] ** 0.5 / g0.norm(dim=-1).clamp(min=1e-30)
@@ -116,37 +125,37 @@ def _store(
     mine = keep[:, None]
     state.s[lane, slot] = torch.where(mine, s, state.s[lane, slot])
     state.y[lane, slot] = torch.where(mine, y, state.y[lane, slot])
-    # One pass over the pairs serves the new Gram rows and the coming direction: few rows times many.
-    by_s = torch.bmm(torch.stack([y, g], 1), state.s[:, :used].mT).double()
-    by_y = torch.bmm(torch.stack([s, y, g], 1), state.y[:, :used].mT).double()
-    state.sy[lane, slot, :used] = torch.where(mine, by_y[:, 0], state.sy[lane, slot, :used])
-    state.sy[lane, :used, slot] = torch.where(mine, by_s[:, 0], state.sy[lane, :used, slot])
-    state.yy[lane, slot, :used] = torch.where(mine, by_y[:, 1], state.yy[lane, slot, :used])
-    state.yy[lane, :used, slot] = state.yy[lane, slot, :used]
+    # One pass over the pairs serves the new columns and the coming direction: few rows times many.
+    rows = torch.stack([y, g], 1)
+    by_s, by_y = (torch.bmm(rows, pairs[:, :used].mT).double() for pairs in (state.s, state.y))
+    inverse, gram = state.inverse[:, :used, :used], state.yy[:, :used, :used]
+    inverse[lane, slot] = torch.where(mine, 0, inverse[lane, slot])
+    before, column = inverse[lane, :, slot], by_s[:, 0].clone()
+    pivot = torch.where(mine, column[lane, slot][:, None], 1)
+    inverse[lane, :, slot] = torch.where(mine, 0, before)
+    column = -torch.bmm(inverse, column[:, :, None])[:, :, 0] / pivot
+    column[lane, slot] = 1 / pivot[:, 0]
+    inverse[lane, :, slot] = torch.where(mine, column, before)
+    state.diagonal[lane, slot] = torch.where(keep, pivot[:, 0], state.diagonal[lane, slot])
+    gram[lane, slot] = torch.where(mine, by_y[:, 0], gram[lane, slot])
+    gram[lane, :, slot] = gram[lane, slot]
     gamma = torch.where(keep, sy / yy.clamp(min=1e-30), state.gamma)
-    return state._replace(pairs=state.pairs + keep, gamma=gamma), by_s[:, 1], by_y[:, 2]
+    return state._replace(pairs=state.pairs + keep, gamma=gamma), by_s[:, 1], by_y[:, 1]
 
 
 def _direction(state: LbfgsState, g: Tensor, sg: Tensor, yg: Tensor) -> Tensor:
     """−Hg by the compact form; lanes without pairs get −γg."""
     used = sg.shape[1]
-    ring = torch.arange(used, device=g.device)
-    full = state.pairs[:, None] > used
-    order = torch.where(full, (state.pairs[:, None] + ring) % used, ring.expand(len(g), used))  # oldest first
-    valid = ring < state.pairs[:, None]
-    lane = torch.arange(len(g), device=g.device)[:, None, None]
-    pick = (lane, order[:, :, None], order[:, None, :])
-    pair = valid[:, :, None] & valid[:, None, :]
-    sy = torch.where(pair, state.sy[pick], 0)
-    r = torch.triu(sy) + torch.where(valid[:, :, None], 0, torch.eye(used, dtype=torch.float64, device=g.device))
-    gamma = state.gamma.double()[:, None]
-    sg, yg = sg.gather(1, order) * valid, yg.gather(1, order) * valid
-    u = torch.linalg.solve_triangular(r, sg[:, :, None], upper=True)[:, :, 0]
-    inner = torch.diagonal(sy, dim1=1, dim2=2) * u - gamma * yg
-    inner = inner + gamma * torch.bmm(torch.where(pair, state.yy[pick], 0), u[:, :, None])[:, :, 0]
-    top = torch.linalg.solve_triangular(r.mT, inner[:, :, None], upper=False)[:, :, 0]
-    back = torch.zeros_like(order).scatter(1, order, ring.expand_as(order))
-    a = (top * valid).gather(1, back).to(g.dtype)
-    b = (-gamma * u * valid).gather(1, back).to(g.dtype)
-    combined = torch.bmm(a[:, None], state.s[:, :used]) + torch.bmm(b[:, None], state.y[:, :used])
+    inverse, gamma = state.inverse[:, :used, :used], state.gamma.double()[:, None]
+    u = torch.bmm(inverse, sg[:, :, None])
+    bent = state.diagonal[:, :used] * u[:, :, 0] + gamma * (torch.bmm(state.yy[:, :used, :used], u)[:, :, 0] - yg)
+    top = torch.bmm(bent[:, None], inverse)
+    low = -gamma[..., None] * u.mT
+    combined = torch.bmm(top.to(g.dtype), state.s[:, :used]) + torch.bmm(low.to(g.dtype), state.y[:, :used])
     return -(state.gamma[:, None] * g + combined[:, 0])
+
+
+def _forget(state: LbfgsState, lanes: Tensor) -> None:
+    """Empties the rings of some lanes, in the state's own buffers."""
+    for part in (state.diagonal, state.inverse, state.yy):
+        part.masked_fill_(lanes.view(-1, *(1,) * (part.ndim - 1)), 0)

@@ -16,25 +16,20 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 
 from qleak import tree
+from qleak.attacks import boxes, structured
+from qleak.attacks.boxes import Box, Point, is_point, outside, pulled
+from qleak.attacks.structured import Slope
 from qleak.channels import Channel
 from qleak.channels.repeat import Rounds
 from qleak.check import one_of
-from qleak.client import View
+from qleak.client import View, is_gradient
 from qleak.types import Message, Tree
 
 OBJECTIVES = ("cells", "graded", "l2", "weighted", "cosine", "straight_through")
 
 
-class Box(NamedTuple):
-    """lo ≤ u ≤ hi with weight w per tensor or coordinate, stacked over lanes."""
-
-    lo: Tree
-    hi: Tree
-    weight: Tree
-
-
 class Objective(NamedTuple):
-    """`misfit(update, goal) -> scalar` of one lane; `box`: the goal is a `Box`, so that a projection is enough."""
+    """`misfit(update, goal) -> scalar` of one lane; `box`: the goal is a `Box` or a `Point`: a projection is enough."""
 
     misfit: Callable[[Tree, Any], Tensor]
     box: bool
@@ -74,6 +69,13 @@ def objective(view: View, kind: str) -> Objective:
 
 def goal(view: View, kind: str) -> Any:
     """What `objective` needs of the messages, worked out once and stacked over lanes."""
+    found = _goal(view, kind)
+    if not isinstance(found, Point) or not is_gradient(view.client) or not structured.supports(view.model.layers):
+        return found
+    return boxes.with_splits(view.model.layers or (), found, view.client.batch)
+
+
+def _goal(view: View, kind: str) -> Any:
     kind = _resolved(view, kind)
     knobs = view.channel.knobs(device=next(iter(view.params.values())).device)
     if kind == "graded":
@@ -87,12 +89,12 @@ def goal(view: View, kind: str) -> Any:
     if kind == "cells" and not _is_plain(view):
         if _has_cell(view):
             lo, hi = vmap(lambda m: view.channel.cell(knobs, m, view.like, view.leg))(view.message)
-            return Box(lo, hi, _ones(lo))
+            return Box(lo, hi, {})
         if _has_moments(view):
             return vmap(lambda m: _moments(view, knobs, m))(view.message)
         return view.message
     decoded = view.decoded()
-    return Box(decoded, decoded, _ones(decoded))
+    return Point(decoded, {}, {})
 
 
 def is_noisy(view: View, kind: str) -> bool:
@@ -111,14 +113,14 @@ ROUNDING = 1.8
 """The same of an error that is uniform in its cell."""
 
 
-def effective(view: View, update: Tree, goal: Box) -> Tensor:
+def effective(view: View, update: Tree, goal: Box | Point) -> Tensor:
     """How many of a message's errors count, `[lane]`: κ·(Σ r²)²/Σ r⁴ of the weighted residuals r.
 
     κ is the kurtosis of the widest law in the channel, so that n equal errors count as n: a fine grid gives
     all coordinates, a grid so coarse that most codes are zero the few others.
     """
     laws = [KURTOSIS[s.noise] for s in view.channel.stages if s.noise] or [ROUNDING]
-    squares = [goal.weight[k] * (u - goal.lo[k]).square() for k, u in update.items()]
+    squares = [goal.weight.get(k, 1) * (u - goal.lo[k]).square() for k, u in update.items()]
     total = torch.stack([q.flatten(1).sum(1) for q in squares]).sum(0)
     fourth = torch.stack([q.flatten(1).square().sum(1) for q in squares]).sum(0)
     return max(laws) * total.square() / fourth.clamp(min=1e-38)
@@ -131,7 +133,7 @@ def excess(view: View, update: Tree, goal: Any, pixels: int) -> Tensor:
     pixels free and so fits half as much of the noise.
     """
     count = effective(view, update, goal)
-    noisy = is_point(goal) if isinstance(goal, Box) else count > 0
+    noisy = is_point(goal) if isinstance(goal, Box | Point) else count > 0
     return torch.where(noisy, 0.5 * pixels / (count - pixels).clamp(min=1), 0)
 
 
@@ -155,25 +157,32 @@ def size(view: View, kind: str, goal: Any) -> Tensor:
     return whole
 
 
-def is_point(goal: Box) -> Tensor:
-    """Whether a lane's box is one point, `[lane]`: numbers with an error, not cells."""
-    return torch.stack([(goal.lo[k] == goal.hi[k]).flatten(1).all(1) for k in goal.lo]).all(0)
-
-
 def value_and_slope(objective: Objective, update: Tree, goal: Any) -> tuple[Tensor, Tree]:
     """Misfit `[lane]` and its gradient in the update, for all lanes: `{name: [lane …]}` each."""
     if not objective.box:
         slope, value = vmap(grad_and_value(objective.misfit))(update, goal)
         return value, slope
-    error = {k: u - u.clamp(goal.lo[k], goal.hi[k]) for k, u in update.items()}
-    pull = {k: e * goal.weight[k] for k, e in error.items()}
-    value = torch.stack([(e.flatten(1) * pull[k].flatten(1)).sum(1) for k, e in error.items()]).sum(0)
-    return value, {k: v.mul_(2) for k, v in pull.items()}
+    value, half = pulled(outside(update, goal), goal.weight)
+    return value, {k: 2 * v for k, v in half.items()}
 
 
-def _distance(update: Tree, goal: Box) -> Tensor:
-    error = {k: u - u.clamp(goal.lo[k], goal.hi[k]) for k, u in update.items()}
-    return torch.stack([(goal.weight[k] * e.square()).sum() for k, e in error.items()]).sum()
+def half_slope(objective: Objective) -> Slope:
+    """The same as the explicit formulas want it: half the gradient, and a point taken off the update as it is made."""
+
+    def half(update: Tree, goal: Any) -> tuple[Tensor, Tree]:
+        if isinstance(goal, Point) and objective.box:
+            return pulled(update, goal.weight)
+        if objective.box:
+            return pulled(outside(update, goal), goal.weight)
+        value, slope = value_and_slope(objective, update, goal)
+        return value, {k: 0.5 * v for k, v in slope.items()}
+
+    return Slope(half, lambda goal: goal.at | goal.splits if isinstance(goal, Point) and objective.box else None)
+
+
+def _distance(update: Tree, goal: Box | Point) -> Tensor:
+    error = outside(update, goal)
+    return torch.stack([(goal.weight.get(k, 1) * e.square()).sum() for k, e in error.items()]).sum()
 
 
 def _cosine(update: Tree, decoded: Tree) -> Tensor:
@@ -206,7 +215,7 @@ def _has_middle(view: View) -> bool:
     return bool(stages) and not any(s.kind == "join" or (s.kind == "select" and s.noise) for s in stages)
 
 
-def _weighted(view: View, knobs: Any, message: Message) -> Box:
+def _weighted(view: View, knobs: Any, message: Message) -> Box | Point:
     """Weight 1/step² of every tensor, step being the middle cell's width, or the decoded numbers' size where it is open."""
     decoded = view.channel.receive(knobs, message, view.like, view.leg)
     size = {k: v.square().mean().sqrt() if v.numel() else v.new_ones(()) for k, v in decoded.items()}
@@ -219,7 +228,7 @@ def _weighted(view: View, knobs: Any, message: Message) -> Box:
     elif _has_moments(view):
         step = {k: w.clamp(min=1e-30).rsqrt().sum() for k, w in _moments(view, knobs, message).weight.items()}
     weight = {k: (1 / v.clamp(min=1e-15).square()).reshape((1,) * decoded[k].ndim) for k, v in step.items()}
-    return Box(decoded, decoded, weight)
+    return Point(decoded, weight, {})
 
 
 FINE = 0.01
@@ -235,7 +244,7 @@ def _resolved(view: View, kind: str) -> str:
     return "graded" if grid else "cells"
 
 
-def _graded(view: View, knobs: Any, message: Message) -> Box:
+def _graded(view: View, knobs: Any, message: Message) -> Box | Point:
     """The cell of a lane, or where the grid is even and fine its decoded numbers with weight ½/variance per tensor."""
     decoded = view.channel.receive(knobs, message, view.like, view.leg)
     lo, hi = view.channel.cell(knobs, message, view.like, view.leg)
@@ -255,7 +264,7 @@ def _graded(view: View, knobs: Any, message: Message) -> Box:
     return Box({k: a for k, (a, _) in at.items()}, {k: b for k, (_, b) in at.items()}, weight)
 
 
-def _moments(view: View, knobs: Any, message: Message) -> Box:
+def _moments(view: View, knobs: Any, message: Message) -> Box | Point:
     """Decoded number of every coordinate and ½/variance of every tensor; several rounds count as their mean."""
     channel = view.channel
     if isinstance(channel, Rounds):
@@ -268,7 +277,7 @@ def _moments(view: View, knobs: Any, message: Message) -> Box:
     known = torch.stack([torch.where(v > 0, v, torch.inf) for v in mean.values()]).amin()
     best = torch.where(known.isfinite(), known, 1)  # a tensor that was sent exactly weighs like the best-known one
     weight = {k: (0.5 / torch.where(v > 0, v, best)).reshape((1,) * at[k].ndim) for k, v in mean.items()}
-    return Box(at, at, weight)
+    return Point(at, weight, {})
 
 
 def _is_plain(view: View) -> bool:
@@ -281,7 +290,3 @@ def _has_cell(view: View) -> bool:
 
 def _has_moments(view: View) -> bool:
     return view.channel.has_moments(view.leg)
-
-
-def _ones(like: Tree) -> Tree:
-    return {k: v.new_ones(len(v), *(1,) * (v.ndim - 1)) for k, v in like.items()}

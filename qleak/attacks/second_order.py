@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from torch.func import vmap
 
 from qleak import random, tree
-from qleak.attacks import gauss_newton, labels, objectives, priors, routes, stages
+from qleak.attacks import boxes, gauss_newton, labels, objectives, priors, routes, stages
 from qleak.attacks.drive import lanes_at
 from qleak.catalog import factory
 from qleak.check import at_least, between, one_of, positive, whole
@@ -38,7 +38,7 @@ class MarquardtState(NamedTuple):
     """
 
     x: Tensor
-    goal: objectives.Box
+    goal: boxes.Box | boxes.Point
     size: Tensor
     unit: Tensor
     labels: Tensor
@@ -253,7 +253,7 @@ def _flat(view: View, state: MarquardtState) -> tuple[Tensor, Tensor, Tensor]:
     """Box and weight `[lane d]`; the weight is zero in the prior-only control."""
     lo = torch.cat([v.flatten(1) for v in state.goal.lo.values()], 1)
     hi = torch.cat([v.flatten(1) for v in state.goal.hi.values()], 1)
-    weight = torch.cat([(state.goal.weight[k] + 0 * v).flatten(1) for k, v in state.goal.lo.items()], 1)
+    weight = torch.cat([(state.goal.weight.get(k, 1) + 0 * v).flatten(1) for k, v in state.goal.lo.items()], 1)
     return lo, hi, weight if view.evidence else torch.zeros_like(weight)
 
 

@@ -33,6 +33,7 @@ class Common(NamedTuple):
     dtype: str = ""
     chunk: int = 0
     workers: int = 0
+    memory: str = ""
     fail_above: float | None = None
     json: bool = False
     dry_run: bool = False
@@ -50,6 +51,10 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "dtype": (str, typer.Option(help="float32 or float64.")),
     "chunk": (int, typer.Option(help="Lanes that run together; part of the plan.")),
     "workers": (int, typer.Option(help="Processes; 0: one per core on a CPU, one on a GPU.")),
+    "memory": (
+        str,
+        typer.Option(help="All that the run's processes may take, such as 4GB; workers are given up first."),
+    ),
     "fail_above": (float | None, typer.Option(help="Exit 3 when a non-oracle reconstruction exceeds so many dB.")),
     "json": (bool, typer.Option("--json", help="Print run.json instead of tables.")),
     "dry_run": (bool, typer.Option("--dry-run", help="Print plan, lanes, memory and estimated time; run nothing.")),
@@ -156,14 +161,17 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
         typer.Exit: 3 above `--fail-above`, 130 after Ctrl-C.
     """
     from qleak import engine, machine, store
+    from qleak.engine import memory
     from qleak.report import html, terminal
 
-    path = recipes.path_of(name)
+    limit, path = memory.read_size(common.memory), recipes.path_of(name)
     plan = fn(**own)
     if not isinstance(plan, tuple(KINDS.values())):
         raise Expected(f"Expected {path.stem}(…) to return a plan, got {type(plan).__name__}.")
     plan = _changed(plan, common)
     device, workers, reasons = machine.place(common.device, common.workers)
+    workers, fits = memory.place(plan, device, workers, limit)
+    reasons += fits
     say = live.quiet() if common.quiet or common.json else live.Console()
     say.plan(path.stem, plan, reasons + engine.choices(plan), full=bool(own.get("full")))
     if common.dry_run:

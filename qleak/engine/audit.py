@@ -223,7 +223,7 @@ def size(plan: Audit) -> tuple[str, int]:
 def choices(plan: Audit) -> list[str]:
     """Every automatic choice of the engine, with its reason."""
     lanes = max(len(c.lanes) for c in plan.chunks())
-    route, why = routes.pick(plan.model, plan.client, lanes)
+    route, why = routes.pick(plan.model, plan.client, lanes, routes.weights(plan.model))
     return [f"derivatives {route} ({why})", f"chunks of {plan.chunk} lanes (16–32 fit a CPU's cache; part of the plan)"]
 
 

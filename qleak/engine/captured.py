@@ -108,7 +108,7 @@ def size(plan: Captured) -> tuple[str, int]:
 
 def choices(plan: Captured) -> list[str]:
     """Every automatic choice of the engine, with its reason."""
-    route, why = routes.pick(plan.model, plan.client, plan.restarts)
+    route, why = routes.pick(plan.model, plan.client, plan.restarts, routes.weights(plan.model))
     return [f"derivatives {route} ({why})"]
 
 

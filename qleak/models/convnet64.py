@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import nn
 
 from qleak.catalog import factory
@@ -9,6 +11,7 @@ from qleak.check import at_least, whole
 from qleak.models.fresh import blank
 from qleak.models.module import from_module
 from qleak.models.norm import Activation, norm2d
+from qleak.models.traced import declared
 from qleak.types import Model
 
 WIDTHS = (1, 2, 2, 4, 4, 4, 4, 4)
@@ -43,7 +46,8 @@ def convnet64(
     at_least(1, width=width, channels=channels, classes=classes)
     at_least(9, size=size)
     net = blank(_convnet64, width, norm, function, channels, size, classes)
-    return from_module(net, (channels, size, size), classes, mode=mode, fresh=True)
+    model = from_module(net, (channels, size, size), classes, mode=mode, fresh=True)
+    return replace(model, layers=declared(net.train(mode == "train")))
 
 
 def _convnet64(width: int, norm: str, function: str, channels: int, size: int, classes: int) -> nn.Module:

@@ -69,7 +69,7 @@ def imported(
     elif isinstance(made, nn.Module):
         image = (shape[0], shape[1], shape[2])
         model = from_module(made, image, classes, mode=mode, fresh=fresh)
-        model = replace(model, layers=layers_of(made, image))
+        model = replace(model, layers=layers_of(made, image, mode))
     else:
         raise Expected(f"Expected {path} to return an nn.Module or a qleak Model, got {type(made).__name__}.")
     spec = f"imported(path={path!r}, shape={model.shape!r}, classes={model.classes}, mode={mode!r}, fresh={fresh!r}"

@@ -60,9 +60,36 @@ def flatten() -> Layer:
     return Layer("", "flatten")
 
 
-def apply_layer(layer: Layer, params: Params, h: Tensor) -> Tensor:
+def pool(function: str, kernel: int, stride: int = 0, padding: int = 0) -> Layer:
+    """Means or maxima of windows, padded by zeros that count or by nothing: `[b c h w] -> [b c h' w']`; stride 0: the kernel's."""
+    one_of(("mean", "max"), pool=function)
+    return Layer("", "pool", {"function": function, "kernel": kernel, "stride": stride or kernel, "padding": padding})
+
+
+def norm(name: str, groups: int | str, channels: int, eps: float = 1e-5, running: str = "") -> Layer:
+    """γ (h − μ)/√(var + ε) + β, γ and β one number a channel; without a name neither.
+
+    Args:
+        name: prefix of its parameters, "" without.
+        groups: so many groups of an image's channels share μ and var (Wu & He 2018), or every channel has its own over
+            the "batch" (Ioffe & Szegedy 2015), or among the buffers ("running", `running_mean`, `running_var`).
+        channels: number of channels.
+        eps: ε.
+        running: prefix of the running statistics among the buffers, where it is not `name`.
+    """
+    return Layer(name, "norm", {"groups": groups, "out": channels, "eps": eps, "running": running or name})
+
+
+def apply_layer(layer: Layer, params: Params, h: Tensor, buffers: Buffers | None = None) -> Tensor:
     """The forward map of one layer on a batch."""
     match layer.kind:
+        case "pool":
+            o = layer.options
+            return (F.avg_pool2d if o["function"] == "mean" else F.max_pool2d)(
+                h, o["kernel"], o["stride"], o["padding"]
+            )
+        case "norm":
+            return _normalised(layer, params, h, buffers or {})
         case "conv":
             weight, bias = params[f"{layer.name}.weight"], params[f"{layer.name}.bias"]
             return F.conv2d(h, weight, bias, stride=layer.options["stride"], padding=layer.options["padding"])
@@ -74,6 +101,16 @@ def apply_layer(layer: Layer, params: Params, h: Tensor) -> Tensor:
             return h.flatten(1)
 
 
+def _normalised(layer: Layer, params: Params, h: Tensor, buffers: Buffers) -> Tensor:
+    groups, eps = layer.options["groups"], layer.options["eps"]
+    weight, bias = (params[f"{layer.name}.{end}"] if layer.name else None for end in ("weight", "bias"))
+    if isinstance(groups, int):
+        return F.group_norm(h, groups, weight, bias, eps)
+    running = groups == "running"
+    mean, var = (buffers[f"{layer.options['running']}.running_{end}"] if running else None for end in ("mean", "var"))
+    return F.batch_norm(h, mean, var, weight, bias, training=not running, eps=eps)
+
+
 def shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     """Parameter shapes of one layer by full name."""
     o = layer.options
@@ -81,6 +118,8 @@ def shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
         weight = (o["out"], o["in"], o["kernel"], o["kernel"])
     elif layer.kind == "linear":
         weight = (o["out"], o["in"])
+    elif layer.kind == "norm" and layer.name:
+        weight = (o["out"],)
     else:
         return {}
     return {f"{layer.name}.weight": weight, f"{layer.name}.bias": (o["out"],)}
@@ -103,7 +142,7 @@ def sequential(
     shape: tuple[int, int, int],
     init: Callable[[Generator, Layer], Params] = default_init,
 ) -> Model:
-    """A `Model` from its layers; `init(generator, layer)` draws the parameters of one layer.
+    """A `Model` from its layers; `init(generator, layer)` draws the parameters of one layer; a norm starts at γ = 1, β = 0.
 
     Raises:
         Expected: a layer does not fit the output of the one before.
@@ -113,7 +152,9 @@ def sequential(
     def initialise(gen: Generator) -> tuple[Params, Buffers]:
         params: Params = {}
         for layer in layers:
-            if shapes(layer):
+            if layer.kind == "norm":
+                params |= {k: torch.full(s, float(k.endswith("weight"))) for k, s in shapes(layer).items()}
+            elif shapes(layer):
                 params |= init(gen, layer)
         return params, {}
 
@@ -127,4 +168,6 @@ def sequential(
         classes = int(apply(meta, {}, torch.empty(1, *shape, device="meta")).shape[1])
     except RuntimeError as error:
         raise Expected(f"Expected layers that fit an input of shape {shape}: {error}") from None
-    return Model(initialise, apply, shape, classes, layers, tapped=taps.of_layers(layers, shape, apply_layer, meta))
+    plain = not any(layer.kind == "norm" for layer in layers)
+    tapped = taps.of_layers(layers, shape, apply_layer, meta) if plain else None
+    return Model(initialise, apply, shape, classes, layers, tapped=tapped)

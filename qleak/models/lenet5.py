@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -11,6 +12,7 @@ from qleak.check import at_least, one_of, whole
 from qleak.models.fresh import blank
 from qleak.models.module import from_module
 from qleak.models.norm import NORMS, Activation
+from qleak.models.traced import declared
 from qleak.types import Model
 
 POOLS = {"mean": nn.AvgPool2d, "max": nn.MaxPool2d}
@@ -43,7 +45,8 @@ def lenet5(
     one_of(NORMS, norm=norm)
     net = blank(_lenet5, channels, size, classes, function, pool, norm)
     mode = "train" if norm == "batch" else "eval"
-    return from_module(net, (channels, size, size), classes, mode=mode, fresh=True)
+    model = from_module(net, (channels, size, size), classes, mode=mode, fresh=True)
+    return replace(model, layers=declared(net))
 
 
 def _lenet5(channels: int, size: int, classes: int, function: str, pool: str, norm: str) -> nn.Module:

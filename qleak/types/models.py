@@ -17,12 +17,12 @@ class Layer:
 
     Attributes:
         name: prefix of its parameters (`name.weight`, `name.bias`); empty without parameters.
-        kind: "conv", "linear", "activation" or "flatten".
-        options: what the kind needs (`in`, `out`, `kernel`, `stride`, `padding`, `function`).
+        kind: "conv", "linear", "activation", "flatten", "pool" or "norm".
+        options: what the kind needs (`in`, `out`, `kernel`, `stride`, `padding`, `function`, `groups`, `eps`).
     """
 
     name: str
-    kind: Literal["conv", "linear", "activation", "flatten"]
+    kind: Literal["conv", "linear", "activation", "flatten", "pool", "norm"]
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
