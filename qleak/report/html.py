@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qleak.report import (
+    bounds,
     captured,
     captured_page,
     compare,
@@ -118,6 +119,9 @@ def _audit(run: Stored) -> dict[str, Any]:
         "most": figures.most_curves(run),
         "race": Markup(race.figure(run)),
         "leaders": [(f"{t:.2g}", attack, f"{p:.1f}") for t, attack, p in race.winners(run)],
+        "band": Markup(bounds.figure(header)),
+        "gaps": bounds.table(header),
+        "bounded": bounds.lines(header),
         "bars": Markup(figures.psnr_bars(run) if len(arms) <= BARS else ""),
         "threats": words.threat_model(header, run.batch),
     }  # fmt: skip

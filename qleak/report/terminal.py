@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qleak.report import captured, sheets, study, synthesis, training, words
+from qleak.report import bounds, captured, sheets, study, synthesis, training, words
 from qleak.report.stored import Stored, by_arm, load, rgb
 from qleak.store import Row, read_run
 
@@ -165,6 +165,6 @@ def table(run: Stored, verbose: bool = False) -> Iterator[RenderableType]:
         heading = Text.assemble((channel, "bold"), f" · {words.cost(next(iter(mine.values()))['none'])}")
         yield heading
         yield grid
-    for line in words.refusals(run.header):
+    for line in (*words.refusals(run.header), *bounds.lines(run.header)):
         yield Text(line)
     yield Text("")
