@@ -65,7 +65,7 @@ def turned(layer: Layer, weight: Tensor) -> Tensor:
     o = layer.options
     index, spare = _order(o["out"], o["in"], o["kernel"], o["stride"])
     index = index.to(weight.device)
-    flat = weight.flatten(-4)
+    flat = weight.movedim(-3, -1).flatten(-4)  # out k k in: as `weigh` lays a direction out, so that nothing is copied
     if spare:
         flat = F.pad(flat, (0, 1))
     return flat.index_select(-1, index).unflatten(-1, (_reach(layer) ** 2 * o["out"], -1))
@@ -102,7 +102,7 @@ def _order(cout: int, cin: int, kernel: int, stride: int) -> tuple[Tensor, int]:
     """Which number of a kernel stands where in `turned`, flat, and whether some places are empty (then: one past the end)."""
     reach = -(-kernel // stride)
     spare = stride * reach - kernel
-    numbers = torch.arange(cout * cin * kernel * kernel).reshape(cout, cin, kernel, kernel)
+    numbers = torch.arange(cout * cin * kernel * kernel).reshape(cout, kernel, kernel, cin).movedim(-1, 1)
     numbers = F.pad(numbers, (0, spare, 0, spare), value=numbers.numel())
     numbers = numbers.reshape(cout, cin, reach, stride, reach, stride).flip(2, 4)
     return numbers.permute(2, 4, 0, 3, 5, 1).flatten(), spare

@@ -73,7 +73,7 @@ def drive(
                         guess.x[i], guess.labels[i], guess.loss[i], None if guess.path is None else guess.path[i]
                     )
                     status[alive[i]] = ended[i] if int(ended[i]) else Status.FINISHED
-                    closures[alive[i]] = min(step, attack.steps)
+                    closures[alive[i]] = attack.closures(min(step, attack.steps))
                 keep = torch.nonzero(~stop)[:, 0]
                 if not len(keep):
                     break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,18 +14,23 @@ from qleak.types import Attack, Guess, Info, Status, Tree
 
 
 class GroupState(NamedTuple):
-    """The members' states `[lane member …]`, the group's status `[lane]`, and the number of steps taken (0-dim)."""
+    """The members' states `[lane member …]`, the group's status `[lane]`, and the number of steps taken (0-dim).
+
+    `loss [lane member]` is every member's latest own loss: at the start of a stage it has none yet.
+    """
 
     members: Any
     status: Tensor
     taken: Tensor
+    loss: Tensor
 
 
-def grouped(attack: Attack, size: int, screen: int = 0) -> Attack:
-    """`size` starts of `attack` on every lane; after `screen` steps the one of lowest own loss goes on alone (0: never).
+def grouped(attack: Attack, size: int, rungs: Sequence[tuple[int, int]] = ()) -> Attack:
+    """`size` starts of `attack` on every lane; after `step` steps the `left` of lowest own loss go on, for each rung (step, left).
 
-    A lane stays one independent attack: its group never looks outside.
+    A lane stays one independent attack: its group never looks outside. Every member's closure is counted.
     """
+    keep = dict(rungs)
 
     def wide(view: View, members: int) -> View:
         if members == 1:
@@ -35,29 +41,40 @@ def grouped(attack: Attack, size: int, screen: int = 0) -> Attack:
     def draw(gen: Generator, view: View) -> Tree:
         return tree.stack([attack.draw(gen, view) for _ in range(size)])
 
-    def wrapped(state: Any, members: int, taken: Tensor) -> GroupState:
-        state = tree.nested_map(lambda v: v.unflatten(0, (-1, members)) if v.ndim else v, state)
-        active = (state.status == Status.ACTIVE).any(1)
-        return GroupState(state, torch.where(active, Status.ACTIVE, state.status.amin(1)), taken)
+    def closures(steps: int) -> int:
+        ends = [0, *(min(at, steps) for at, _ in rungs), steps]
+        return sum(n * (b - a) for n, a, b in zip((size, *(left for _, left in rungs)), ends, ends[1:], strict=False))
+
+    def wrapped(state: Any, taken: Tensor, loss: Tensor) -> GroupState:
+        state = tree.nested_map(lambda v: v.unflatten(0, loss.shape) if v.ndim else v, state)
+        return GroupState(state, outcome(state.status), taken, loss)
+
+    def outcome(status: Tensor) -> Tensor:
+        return torch.where((status == Status.ACTIVE).any(1), Status.ACTIVE, status.amin(1))
 
     def flat(state: GroupState) -> tuple[Any, int]:
         return tree.nested_map(lambda v: v.flatten(0, 1) if v.ndim else v, state.members), state.members.status.shape[1]
 
     def init(view: View, start: Tree) -> GroupState:
         state = attack.init(wide(view, size), {k: v.flatten(0, 1) for k, v in start.items()})
-        return wrapped(state, size, torch.zeros((), dtype=torch.int64))
+        loss = next(iter(start.values())).new_full((len(state.status) // size, size), torch.inf)
+        return wrapped(state, torch.zeros((), dtype=torch.int64), loss)
 
     def step(view: View, state: GroupState) -> tuple[GroupState, Info]:
         inner, members = flat(state)
         inner, info = attack.step(wide(view, members), inner)
-        state = wrapped(inner, members, state.taken + 1)
         loss = info.loss.unflatten(0, (-1, members))
-        if screen and int(state.taken) == screen and members > 1:
-            best = loss.nan_to_num(torch.inf).argmin(1)
-            at = torch.arange(len(best), device=best.device)
-            kept = tree.nested_map(lambda v: v[at, best][:, None] if v.ndim else v, state.members)
-            state = GroupState(kept, kept.status[:, 0], state.taken)
-        return state, Info(loss.amin(1), state.status)
+        state = wrapped(inner, state.taken + 1, torch.where(loss.isfinite(), loss, state.loss).to(state.loss))
+        left = keep.get(int(state.taken), members)
+        if left < members:
+            state = best(state, left)
+        return state, Info(state.loss.amin(1), state.status)
+
+    def best(state: GroupState, left: int) -> GroupState:
+        at = state.loss.argsort(1, stable=True)[:, :left].sort(1).values
+        lane = torch.arange(len(at), device=at.device)[:, None]
+        kept = tree.nested_map(lambda v: v[lane, at] if v.ndim else v, state.members)
+        return GroupState(kept, outcome(kept.status), state.taken, state.loss[lane, at])
 
     def read(view: View, state: GroupState) -> Guess:
         inner, members = flat(state)
@@ -67,4 +84,6 @@ def grouped(attack: Attack, size: int, screen: int = 0) -> Attack:
         path = None if guess.path is None else guess.path[at]
         return Guess(guess.x[at], guess.labels[at], guess.loss[at], path)
 
-    return Attack(draw, init, step, read, attack.steps, attack.applies, attack.papers, attack.prior, attack.restarts)
+    return Attack(
+        draw, init, step, read, attack.steps, attack.applies, attack.papers, attack.prior, attack.restarts, closures
+    )

@@ -29,7 +29,7 @@ def any_order(attack: Attack | None = None, orders: int = 24, screen: int = 25) 
     """
     whole(orders=orders, screen=screen)
     at_least(1, orders=orders, screen=screen)
-    return grouped(attack or cells(), orders, screen)
+    return grouped(attack or cells(), orders, ((screen, 1),))
 
 
 @factory

@@ -69,6 +69,7 @@ class Attack:
         papers: references.
         prior: the attack has an image prior, so its prior-only control means something.
         restarts: its start is random, so that restarts differ; a plan makes one lane a victim otherwise.
+        closures: `closures(steps)`: those of one lane in so many steps; more than one a step where a lane holds several starts.
     """
 
     draw: Callable[[Generator, Any], Tree]
@@ -80,4 +81,5 @@ class Attack:
     papers: tuple[str, ...] = ()
     prior: bool = False
     restarts: bool = True
+    closures: Callable[[int], int] = int
     spec: str = ""
