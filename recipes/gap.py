@@ -2,7 +2,7 @@
 
 The bound is the local linearised one with a Gaussian prior of public photographs (`qleak.bounds`): for noise the exact
 Fisher information of the update, for coins that of their own law, for rounding to nearest its Gaussian approximation. It
-is no theorem for a single photograph; docs/bounds.md says what is. The bounds follow the run (`qleak.engine.bounds`).
+is no theorem for a single photograph; docs/bounds.md says what is. The bounds follow the attacks in the same run.
 
 Measured (six photographs, colour LeNet, the messages and attacks of `quantization_sweep`, eight restarts; attack, bound in
 dB): Gaussian noise of 1e-4 41.3, 50.4; 1e-3 32.9, 38.2; 0.01 23.2, 27.8; 0.1 13.4, 19.5. Rounding to 256 levels 32.4,
@@ -60,4 +60,5 @@ def gap(
         attacks=(adaptive(),),
         restarts=8 if full else seeds,
         wrong=1,
+        bounds="yes",
     )

@@ -71,6 +71,14 @@ class Console:
 
             yield move
 
+    @contextmanager
+    def counting(self, what: str, total: int) -> Iterator[Callable[[], None]]:
+        """A callable that moves a bar on by one of `total`."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, transient=True, disable=self.silent) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda: bar.advance(task)
+
 
 def quiet() -> Console:
     """A console that says nothing."""

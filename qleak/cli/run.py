@@ -17,9 +17,11 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
+from qleak.check import one_of
 from qleak.cli import live, recipes
 from qleak.errors import Expected, Failed, did_you_mean
 from qleak.plans import KINDS, Plan
+from qleak.plans.audit import BOUNDS
 
 
 class Common(NamedTuple):
@@ -34,6 +36,7 @@ class Common(NamedTuple):
     chunk: int = 0
     workers: int = 0
     memory: str = ""
+    bounds: str = ""
     fail_above: float | None = None
     json: bool = False
     dry_run: bool = False
@@ -54,6 +57,12 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "memory": (
         str,
         typer.Option(help="All that the run's processes may take, such as 4GB; workers are given up first."),
+    ),
+    "bounds": (
+        str,
+        typer.Option(
+            help="What no attacker can beat: yes, no, auto (where it takes seconds); empty: as the recipe says."
+        ),
     ),
     "fail_above": (float | None, typer.Option(help="Exit 3 when a non-oracle reconstruction exceeds so many dB.")),
     "json": (bool, typer.Option("--json", help="Print run.json instead of tables.")),
@@ -146,11 +155,8 @@ def _changed(plan: Any, common: Common) -> Any:
     """The plan with the flags that every recipe has, such as --seed; in a study, every part that knows them."""
     if parts := getattr(plan, "parts", None):
         return replace(plan, parts=tuple(_changed(part, common) for part in parts))
-    changes = {
-        f.name: v
-        for f in fields(plan)
-        if (v := getattr(common, f.name, None)) not in (None, "", 0) or (f.name == "seed" and v == 0)
-    }
+    given = {f.name: getattr(common, f.name, None) for f in fields(plan) if f.name != "bounds"}  # beside the plan
+    changes = {k: v for k, v in given.items() if v not in (None, "", 0) or (k == "seed" and v == 0)}
     return replace(plan, **changes)
 
 
@@ -164,6 +170,8 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
     from qleak.engine import memory
     from qleak.report import html, terminal
 
+    if common.bounds:
+        one_of(BOUNDS, bounds=common.bounds)
     limit, path = memory.read_size(common.memory), recipes.path_of(name)
     plan = fn(**own)
     if not isinstance(plan, tuple(KINDS.values())):
@@ -197,6 +205,7 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
             with say.progress(plan) as bar:
                 for event in engine.run(plan, run, device, workers):
                     bar(event)
+            _bounded(plan, run, common.bounds, say)
         except KeyboardInterrupt:
             run.update(status="interrupted")
             print(f"qleak: interrupted; {len(run.done())} rows are safe. The same command goes on.", file=sys.stderr)
@@ -217,6 +226,22 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
         print(f"qleak: interrupted; the run is done, `qleak report {folder}` shows it.", file=sys.stderr)
         raise typer.Exit(130) from None
     _gate(store.read_run(folder), common.fail_above)
+
+
+def _bounded(plan: Any, run: Any, asked: str, say: live.Console) -> None:
+    """The bounds of an audit, once; by "auto" where they take seconds, else the line that says how to get them."""
+    if plan.kind != "audit" or run.header.get("bounds"):
+        return
+    from qleak.engine import bounds
+
+    wanted, seconds = asked or plan.bounds, bounds.seconds(plan)
+    if wanted == "no" or (wanted == "auto" and seconds > bounds.SHORT):
+        if wanted == "auto":
+            say.note(f"Bounds left out: they take about {seconds:.0f} s. The same command with --bounds yes adds them.")
+        return
+    with say.counting("bounds", len(plan.victims) * len(plan.channels) * len(bounds.KINDS)) as count:
+        for _ in bounds.run(plan, run):
+            count()
 
 
 def _join(folder: Path) -> None:

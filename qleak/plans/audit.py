@@ -18,6 +18,9 @@ CONTROLS = ("none", "prior-only", "wrong-gradient")
 GRANTS = ("buffers", "labels", "statistics")
 
 
+BOUNDS = ("auto", "yes", "no")
+
+
 class Lane(NamedTuple):
     """One independent attack: which victim, which restart, whose message, with or without evidence."""
 
@@ -52,6 +55,7 @@ class Audit(Written):
             "labels", batch "statistics" that the client's batch norms saw.
         seconds: CPU seconds after which a chunk hands in what it has, and notes the PSNR on the way (0: no limit);
             the one setting whose result depends on the machine.
+        bounds: what no attacker can beat, computed after the attacks: "yes", "no", or "auto": where it takes seconds.
         wrong: victims that get a wrong-gradient lane in an arm, another one from channel to channel; 0: all.
         seed: root of every draw.
         success: PSNR in dB from which a reconstruction counts, if it beats both controls as well.
@@ -77,6 +81,7 @@ class Audit(Written):
     wrong: int = 0
     grants: tuple[str, ...] = later(("buffers",))
     seconds: float = later(0.0)
+    bounds: str = later("auto")
 
     kind: ClassVar[str] = "audit"
 
@@ -87,6 +92,7 @@ class Audit(Written):
         positive(success=self.success)
         at_least(0, seconds=self.seconds)
         between(0, 1, delta=self.delta)
+        one_of(BOUNDS, bounds=self.bounds)
         if isinstance(self.restarts, tuple) and len(self.restarts) != len(self.victims):
             raise Expected(f"Expected one of restarts={self.restarts} per victim ({len(self.victims)}).")
         for restarts in self.restart_counts():
