@@ -9,7 +9,7 @@ from torch.func import grad, vmap
 from qleak import random, tree
 from qleak.attacks import boxes, convolutions, ghost, layer_norms, objectives, routes, structured
 from qleak.catalog import build
-from qleak.channels import chain, gaussian, identity
+from qleak.channels import chain, gaussian, identity, uniform
 from qleak.client import LOSSES, View, gradient
 from qleak.models.layers import activation, conv, flatten, linear, norm, pool, sequential
 from qleak.models.traced import layers_of
@@ -140,9 +140,24 @@ def test_a_ghost_stands_for_the_difference(size, exact):
     value, low = ghost.difference(ghost.split(g, b), delta, h)
     want = delta.mT @ h - g
     torch.testing.assert_close(value, want.square().sum((1, 2)))
-    torch.testing.assert_close(low.push(h), h @ want.mT)
-    torch.testing.assert_close(low.pull(delta), delta @ want)
-    assert (low.rest is None) == exact
+    torch.testing.assert_close(low.push, h @ want.mT)
+    torch.testing.assert_close(low.pull, delta @ want)
+    assert bool(ghost.split(g, b).rest.numel()) != exact
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_a_cell_is_met_lane_by_lane(scale):
+    delta, h, off, wide = (
+        random.normal(random.generator(k), s).to(F64)
+        for k, s in (("d", (3, 2, 40)), ("h", (3, 2, 60)), ("o", (3, 40, 60)), ("w", (3, 40, 60)))
+    )
+    u = scale * delta.mT @ h
+    cell = ghost.Cell(u + off - wide.abs(), u + off + wide.abs())
+    value, met = ghost.outside(cell, delta, h, scale)
+    want = u - u.clamp(cell.lo, cell.hi)
+    torch.testing.assert_close(value, want.square().sum((1, 2)))
+    torch.testing.assert_close(met.push, h @ want.mT)
+    torch.testing.assert_close(met.pull, delta @ want)
 
 
 def test_a_ghost_is_accurate_where_the_plain_formula_cancels():
@@ -166,6 +181,20 @@ def view(channel, batch=1):
     sent = channel.send(channel.knobs(dtype=F64), update, noise, channel.init(params), params)[0][-1]
     sent = tree.nested_map(lambda v: v[None].repeat(2, *[1] * v.ndim), sent)
     return View(model, params, {}, channel, gradient(batch), sent)
+
+
+@pytest.mark.parametrize("route", ["structured", "double"])
+def test_a_large_layer_behind_a_quantizer_is_a_ghost(route, monkeypatch):
+    seen = view(chain(uniform(levels=16)))
+    goal, o = objectives.goal(seen, "cells"), objectives.objective(seen, "cells")
+    x = random.uniform(random.generator("guess"), (2, 1, *seen.model.shape)).to(F64)
+    t = torch.softmax(random.normal(random.generator("t"), (2, 1, 30)).to(F64), -1)
+    plain = routes.closure(seen, o, route)(x, t, goal)
+    asked = []
+    monkeypatch.setattr(ghost, "large", lambda cell: asked.append(cell.lo.ndim) or cell.lo.ndim == 3)
+    for a, b in zip(routes.closure(seen, o, "structured")(x, t, goal), plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+    assert asked == [3, 3]
 
 
 @pytest.mark.parametrize("batch", [1, 2])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from qleak.attacks import ghost
-from qleak.attacks.ghost import Split
+from qleak.attacks.ghost import Cell, Split
 from qleak.types import Layer, Tree
 
 
@@ -52,20 +52,25 @@ def is_point(goal: Box | Point) -> Tensor:
     return torch.stack([(goal.lo[k] == goal.hi[k]).flatten(1).all(1) for k in goal.lo]).all(0)
 
 
-def outside(update: Tree, goal: Box | Point) -> Tree:
-    """The difference u − proj u: how far every coordinate lies outside the box."""
+def outside(update: dict[str, Any], goal: Box | Point) -> dict[str, Any]:
+    """The difference u − proj u: how far every coordinate lies outside the box; a ghost is that already."""
     if isinstance(goal, Point):
         return {k: u - goal.at[k] for k, u in update.items()}
-    return {k: u - u.clamp(goal.lo[k], goal.hi[k]) for k, u in update.items()}
+    return {k: u if isinstance(u, tuple) else u - u.clamp(goal.lo[k], goal.hi[k]) for k, u in update.items()}
+
+
+def cells(goal: Box) -> dict[str, Cell]:
+    """The intervals of the tensors that have one weight."""
+    return {k: Cell(goal.lo[k], goal.hi[k]) for k in goal.lo if k not in goal.weight or goal.weight[k][0].numel() == 1}
 
 
 def pulled(error: dict[str, Any], weight: Tree) -> tuple[Tensor, dict[str, Any]]:
-    """Σ w·e² of every lane, and w·e; an error may be a `(square, LowRank)`."""
+    """Σ w·e² of every lane, and w·e; an error may be a `(square, Ghost)`."""
     squares, pull = [], {}
     for k, e in error.items():
         w = weight.get(k)
         if isinstance(e, tuple):
-            square, pull[k] = e[0], e[1] if w is None else e[1]._replace(weight=w)
+            square, pull[k] = e[0], e[1] if w is None else e[1].times(w)
             squares.append(square if w is None else square * w.flatten())
         elif w is None:
             pull[k] = e

@@ -31,27 +31,22 @@ class Split(NamedTuple):
     size: Tensor
 
 
-class LowRank(NamedTuple):
-    """V = w·(leftᵀ·right − R): `left [lane 2b out]`, `right [lane 2b in]`; `through [lane b out]` is hRᵀ."""
+class Cell(NamedTuple):
+    """lo ≤ U ≤ hi, `[lane out in]` each."""
 
-    left: Tensor
-    right: Tensor
-    rest: Tensor | None
-    through: Tensor | None
-    weight: Tensor | None = None
+    lo: Tensor
+    hi: Tensor
 
-    def push(self, h: Tensor) -> Tensor:
-        """The product h Vᵀ `[lane b out]`, for the h that V was made with."""
-        found = torch.bmm(torch.bmm(h, self.right.mT), self.left)
-        return self._weighed(found if self.through is None else found.sub_(self.through))
 
-    def pull(self, delta: Tensor) -> Tensor:
-        """δ V `[lane b in]`."""
-        found = torch.bmm(torch.bmm(delta, self.left.mT), self.right)
-        return self._weighed(found if self.rest is None else found.sub_(torch.bmm(delta, self.rest)))
+class Ghost(NamedTuple):
+    """A direction V that is known by its products alone: `push [lane b out]` is hVᵀ, `pull [lane b in]` is δV."""
 
-    def _weighed(self, rows: Tensor) -> Tensor:
-        return rows if self.weight is None else rows * self.weight
+    push: Tensor
+    pull: Tensor
+
+    def times(self, weight: Tensor) -> Ghost:
+        """w·V, one `weight [lane 1 1]` a lane."""
+        return Ghost(self.push * weight, self.pull * weight)
 
 
 def pays(g: Tensor, b: int) -> bool:
@@ -75,14 +70,38 @@ def split(g: Tensor, b: int) -> Split:
     return Split(a.mT.to(g.dtype).contiguous(), right.to(g.dtype), rest, size.to(g.dtype))
 
 
-def difference(parts: Split, delta: Tensor, h: Tensor) -> tuple[Tensor, LowRank]:
-    """‖δᵀh − G‖² `[lane]` and δᵀh − G, for `delta [lane b out]` and `h [lane b in]`."""
-    share = torch.bmm(delta, parts.a.mT)  # Tᵀ: image, column
-    off = torch.baddbmm(delta, share, parts.a, alpha=-1)
+def difference(parts: Split, delta: Tensor, h: Tensor, scale: float = 1.0) -> tuple[Tensor, Ghost]:
+    """‖V‖² `[lane]` and V = scale·δᵀh − G, for `delta [lane b out]` and `h [lane b in]`."""
+    error = delta if scale == 1 else delta * scale
+    share = torch.bmm(error, parts.a.mT)  # Tᵀ: image, column
+    off = torch.baddbmm(error, share, parts.a, alpha=-1)
     short = torch.baddbmm(parts.b, share.mT, h, beta=-1)
     value = short.square().sum((1, 2)) + (torch.bmm(off, off.mT) * torch.bmm(h, h.mT)).sum((1, 2)) + parts.size
     left, right = torch.cat([parts.a, off], 1), torch.cat([short, h], 1)
-    if not parts.rest.numel():
-        return value, LowRank(left, right, None, None)
-    through = torch.bmm(h, parts.rest.mT)
-    return value - 2 * (off * through).sum((1, 2)), LowRank(left, right, parts.rest, through)
+    push = torch.bmm(torch.bmm(h, right.mT), left)
+    pull = torch.bmm(torch.bmm(delta, left.mT), right)
+    if parts.rest.numel():
+        through = torch.bmm(h, parts.rest.mT)
+        value = value - 2 * (off * through).sum((1, 2))
+        push, pull = push - through, pull - torch.bmm(delta, parts.rest)
+    return value, Ghost(push, pull)
+
+
+def outside(cell: Cell, delta: Tensor, h: Tensor, scale: float = 1.0) -> tuple[Tensor, Ghost]:
+    """‖V‖² and V = U − proj U for the cell, U = scale·δᵀh: lane by lane, so that a matrix is made, used and forgotten in cache."""
+    values, pushed, pulled = [], [], []
+    made, kept = torch.empty_like(cell.lo[0]), torch.empty_like(cell.lo[0])
+    for i in range(len(h)):
+        torch.mm(delta[i].mT, h[i], out=made)
+        if scale != 1:
+            made.mul_(scale)
+        made.sub_(torch.clamp(made, cell.lo[i], cell.hi[i], out=kept))
+        values.append(torch.linalg.vector_norm(made).square())
+        pushed.append(h[i] @ made.mT)
+        pulled.append(delta[i] @ made)
+    return torch.stack(values), Ghost(torch.stack(pushed), torch.stack(pulled))
+
+
+def large(cell: Cell) -> bool:
+    """Whether a lane's matrix is worth a look of its own: on a CPU, from some tens of kilobytes on."""
+    return cell.lo.ndim == 3 and cell.lo[0].numel() >= 2**14 and not cell.lo.is_cuda

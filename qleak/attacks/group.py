@@ -71,7 +71,7 @@ def grouped(attack: Attack, size: int, rungs: Sequence[tuple[int, int]] = ()) ->
         return state, Info(state.loss.amin(1), state.status)
 
     def best(state: GroupState, left: int) -> GroupState:
-        at = state.loss.argsort(1, stable=True)[:, :left].sort(1).values
+        at = state.loss.sort(dim=1, stable=True).indices[:, :left].sort(1).values
         lane = torch.arange(len(at), device=at.device)[:, None]
         kept = tree.nested_map(lambda v: v[lane, at] if v.ndim else v, state.members)
         return GroupState(kept, outcome(kept.status), state.taken, state.loss[lane, at])

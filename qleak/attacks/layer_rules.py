@@ -20,13 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qleak.attacks import convolutions, ghost, layer_norms, pools
-from qleak.attacks.ghost import LowRank, Split
+from qleak.attacks.ghost import Cell, Ghost, Split
 from qleak.attacks.slopes import SLOPES, curvature, slope
 from qleak.models.layers import apply_layer
 from qleak.types import Buffers, Layer, Params
 
 Weights = dict[str, Any]
-"""`{name: [lane …]}`, a linear layer's also as a `ghost`: `Split` for what is taken off, `LowRank` for a direction."""
+"""`{name: [lane …]}`, what is taken off also as a `Split` or a `Cell`, a direction as a `Ghost` (`qleak.attacks.ghost`)."""
 
 
 class Seen(NamedTuple):
@@ -97,20 +97,23 @@ def weigh(
     weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
     match layer.kind:
         case "conv":
-            found, total = convolutions.weigh(layer, seen.kept, delta, less[weight] if less else None, scale)
+            found, total = convolutions.weigh(layer, seen.kept, delta, _tensor(less, weight), scale)
         case "norm":
             found, total = (v * scale for v in layer_norms.weigh(seen.kept, delta))
-            found = found - less[weight] if less else found
+            found = found if (off := _tensor(less, weight)) is None else found - off
         case _:
             h, rows = seen.before.unflatten(0, (lanes, -1)), delta.unflatten(0, (lanes, -1))
             total = rows.sum(1) * scale
-            if less and isinstance(less[weight], Split):
-                found = ghost.difference(less[weight], rows if scale == 1 else rows * scale, h)
-            elif less:
-                found = torch.baddbmm(less[weight], rows.mT, h, beta=-1, alpha=scale)
+            off = less.get(weight) if less else None
+            if isinstance(off, Split):
+                found = ghost.difference(off, rows, h, scale)
+            elif isinstance(off, Cell) and ghost.large(off):
+                found = ghost.outside(off, rows, h, scale)
+            elif isinstance(off, torch.Tensor):
+                found = torch.baddbmm(off, rows.mT, h, beta=-1, alpha=scale)
             else:
                 found = torch.bmm(rows.mT, h) * scale if scale != 1 else torch.bmm(rows.mT, h)
-    return {weight: found, bias: total - less[bias] if less else total}
+    return {weight: found, bias: total if (off := _tensor(less, bias)) is None else total - off}
 
 
 def push(layer: Layer, params: Params, seen: Seen, tangent: Tensor | None, v: Weights, lanes: int) -> Tensor:
@@ -126,7 +129,7 @@ def push(layer: Layer, params: Params, seen: Seen, tangent: Tensor | None, v: We
             return own.add_(F.conv2d(tangent, params[weight], stride=o["stride"], padding=o["padding"]))
         case "linear":
             h = seen.before.unflatten(0, (lanes, -1))
-            own = v[weight].push(h) if isinstance(v[weight], LowRank) else torch.bmm(h, v[weight].mT)
+            own = v[weight].push if isinstance(v[weight], Ghost) else torch.bmm(h, v[weight].mT)
             own = own.add_(v[bias][:, None]).flatten(0, 1)
             return own if tangent is None else own.addmm_(tangent, params[weight].mT)
         case "norm":
@@ -153,7 +156,7 @@ def pull(
             return own.add_(convolutions.spread(layer, convolutions.turned(layer, params[weight]), prime, shape))
         case "linear":
             rows = gathered.unflatten(0, (lanes, -1))
-            own = v[weight].pull(rows) if isinstance(v[weight], LowRank) else torch.bmm(rows, v[weight])
+            own = v[weight].pull if isinstance(v[weight], Ghost) else torch.bmm(rows, v[weight])
             return own.flatten(0, 1).addmm_(prime, params[weight])
         case "activation":
             found = prime * seen.kept
@@ -180,6 +183,12 @@ def shape(layer: Layer, before: tuple[int, ...]) -> tuple[int, ...]:
             return (before[0], o.get("out", before[1]), *sides)
         case _:
             return before
+
+
+def _tensor(less: Weights | None, name: str) -> Tensor | None:
+    """What is to be taken off a tensor; a cell is not: its projection comes later."""
+    found = less.get(name) if less else None
+    return found if isinstance(found, Tensor) else None
 
 
 def _unflattened(delta: Tensor, before: Tensor) -> Tensor:

@@ -177,7 +177,12 @@ def half_slope(objective: Objective) -> Slope:
         value, slope = value_and_slope(objective, update, goal)
         return value, {k: 0.5 * v for k, v in slope.items()}
 
-    return Slope(half, lambda goal: goal.at | goal.splits if isinstance(goal, Point) and objective.box else None)
+    def less(goal: Any) -> dict[str, Any] | None:
+        if not objective.box:
+            return None
+        return goal.at | goal.splits if isinstance(goal, Point) else boxes.cells(goal)
+
+    return Slope(half, less)
 
 
 def _distance(update: Tree, goal: Box | Point) -> Tensor:
