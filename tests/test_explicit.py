@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import grad, vmap
 
 from qleak import random, tree
-from qleak.attacks import boxes, convolutions, ghost, layer_norms, objectives, routes, structured
+from qleak.attacks import boxes, convolutions, ghost, layer_norms, objectives, priors, routes, structured
 from qleak.catalog import build
 from qleak.channels import chain, gaussian, identity, uniform
 from qleak.client import LOSSES, View, gradient
@@ -120,6 +120,17 @@ def test_patches_are_what_unfold_makes():
         want = F.unfold(x, kernel, padding=padding, stride=stride)  # image, (channel, k, k), place
         want = want.unflatten(1, (3, -1)).transpose(1, 2).flatten(1, 2).mT.reshape(2, -1, 3 * kernel**2)
         assert torch.equal(convolutions.patches(layer, x.contiguous(memory_format=torch.channels_last), 2), want)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 3, 5, 4), (2, 1, 1, 1, 6), (2, 1, 1, 1, 1)])
+def test_the_smooth_prior_is_differentiated_by_hand(shape):
+    x = (2 * random.normal(random.generator("x"), shape).to(F64)).requires_grad_()
+    weight = torch.linspace(0.1, 2, shape[0], dtype=F64)
+    want = weight * vmap(priors.total_variation)(x) + 0.7 * vmap(priors.box)(x)
+    (slope,) = torch.autograd.grad(want.sum(), x)
+    value, found = priors.value_and_slope(x.detach(), weight, 0.7)
+    torch.testing.assert_close(value, want.detach())
+    torch.testing.assert_close(found, slope)
 
 
 # --- ghosts ---------------------------------------------------------------------------------------

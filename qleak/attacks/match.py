@@ -200,11 +200,13 @@ def _evidence(
 
 
 def _prior(view: View, settings: Settings, images: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    x, target = images.detach().requires_grad_(), target.detach()
-    value = x.new_zeros(len(x))
+    value, slope = images.new_zeros(len(images)), torch.zeros_like(images)
     if any(settings.weights):
-        value = weight * vmap(priors.total_variation)(x) + settings.box * vmap(priors.box)(x)
-    for name, factor in settings.penalties:
-        value = value + factor * penalties.PENALTIES[name](view, x, target, settings.group)
-    (slope,) = torch.autograd.grad(value.sum(), x)
-    return value.detach(), slope
+        value, slope = priors.value_and_slope(images, weight, settings.box)
+    if not settings.penalties:
+        return value, slope
+    x, target = images.detach().requires_grad_(), target.detach()
+    parts = [f * penalties.PENALTIES[name](view, x, target, settings.group) for name, f in settings.penalties]
+    extra = torch.stack(parts).sum(0)
+    (more,) = torch.autograd.grad(extra.sum(), x)
+    return value + extra.detach(), slope + more
