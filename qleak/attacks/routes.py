@@ -5,7 +5,7 @@ The quantity is L(x, t) = M(∇_θ ℓ(θ; x, t)) for an objective M of the upda
 - "double": reverse over reverse, `grad` of a function that calls `grad`, under `vmap`.
 - "forward": with v = ∇M at the update, ∇_(x,t) L = d/dε ∇_(x,t) ℓ(θ + εv; x, t): one `jvp` of the input
   gradient (forward over reverse), under `vmap`.
-- "loop": "double", lane after lane without `vmap`, for nets so wide that one lane fills a core.
+- "loop": reverse over reverse, lane after lane without `vmap`, for nets so wide that one lane fills a core.
 - "structured": forward over reverse by explicit formulas, all lanes together (see `structured`).
 """
 
@@ -66,8 +66,12 @@ def closure(view: View, objective: Objective, route: str = "auto", given: str = 
     name = known if route == "auto" or not clients.is_gradient(view.client) else route
     if name == "structured":
         return _structured(view, objective, given)
+    if name == "loop":
+        return _loop(
+            _tape(view, objective, given) if clients.is_gradient(view.client) else _double(view, objective, given)
+        )
     one = _forward(view, objective, given) if name == "forward" else _double(view, objective, given)
-    return _loop(one) if name == "loop" else vmap(one, randomness="error")
+    return vmap(one, randomness="error")
 
 
 def update_of(view: View, x: Tensor, target: Tensor, given: str = "labels") -> Tree:
@@ -107,6 +111,23 @@ def _double(view: View, objective: Objective, given: str) -> Callable[..., tuple
         both = grad_and_value(lambda x, t: objective.misfit(update_of(view, x, t, given), goal), argnums=(0, 1))
         (dx, dt), value = both(x, target)
         return value, dx, dt
+
+    return one
+
+
+def _tape(view: View, objective: Objective, given: str) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """`_double` of a client that sends one gradient, by autograd itself: nested `grad` costs a sixth more outside `vmap`."""
+    params = {k: v.detach().requires_grad_() for k, v in view.params.items()}
+
+    def one(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, target = x.detach().requires_grad_(), target.detach().requires_grad_()
+        loss = clients.LOSSES[given](view.model, params, view.buffers, x, target)
+        parts = torch.autograd.grad(
+            view.client.scale * loss, list(params.values()), create_graph=True, materialize_grads=True
+        )
+        value = objective.misfit(dict(zip(params, parts, strict=True)), goal)
+        dx, dt = torch.autograd.grad(value, [x, target], materialize_grads=True)
+        return value.detach(), dx, dt
 
     return one
 
