@@ -22,9 +22,8 @@ import torch.nn.functional as F
 from torch.utils import _pytree as pytree
 
 from qleak import data, machine, metrics, pool, random, tree
-from qleak.attacks import cells, closed_form, dlg, refine
+from qleak.attacks import cells, closed_form, dlg, quick, refine
 from qleak.attacks.drive import lanes_at
-from qleak.attacks.quick import quick
 from qleak.channels import identity
 from qleak.client import View, gradient
 from qleak.models import lenet

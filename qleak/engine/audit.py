@@ -181,7 +181,8 @@ def _results(plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str,
             chunk, lanes = chunks[key], len(chunks[key].lanes)
             attack = plan.attacks[chunk.attack]
             name = f"{plan.labels()[chunk.channel]} {attack.spec.split('(')[0]}"
-            yield Step(key, name, event.step * lanes, attack.steps * lanes, f"loss {float(event.loss.min()):.0e}")
+            done = attack.closures(event.step) * lanes
+            yield Step(key, name, done, closures_of(plan, chunk), f"loss {float(event.loss.min()):.0e}")
     finally:
         torch.set_num_threads(threads)
 
@@ -215,9 +216,15 @@ def _known(plan: Audit, prepared: Prepared) -> dict[str, Any]:
     }
 
 
+def closures_of(plan: Any, chunk: Chunk) -> int:
+    """Closures of all lanes of a chunk, at most."""
+    attack = plan.attacks[chunk.attack]
+    return attack.closures(attack.steps) * len(chunk.lanes)
+
+
 def size(plan: Audit) -> tuple[str, int]:
     """What is counted while it runs, and how many there are at most."""
-    return "closures", sum(plan.attacks[c.attack].steps * len(c.lanes) for c in plan.chunks())
+    return "closures", sum(closures_of(plan, c) for c in plan.chunks())
 
 
 def choices(plan: Audit) -> list[str]:

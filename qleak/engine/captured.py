@@ -18,6 +18,7 @@ from qleak.attacks import routes
 from qleak.catalog import short
 from qleak.check import Expected
 from qleak.engine import explained
+from qleak.engine.audit import closures_of
 from qleak.engine.decoys import Held, decoys_of
 from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.jobs import Done, Job
@@ -82,7 +83,8 @@ def run(plan: Captured, store: Run, device: str = "cpu", workers: int = 1) -> It
             chunk = next(c for c in waiting if c.key == key)
             attack, lanes = plan.attacks[chunk.attack], len(chunk.lanes)
             name = f"{attack.spec.split('(')[0]} {chunk.key.partition('-')[2].replace('none', 'captured')}"
-            yield Step(key, name, event.step * lanes, attack.steps * lanes, f"loss {float(event.loss.min()):.0e}")
+            done = attack.closures(event.step) * lanes
+            yield Step(key, name, done, closures_of(plan, chunk), f"loss {float(event.loss.min()):.0e}")
     finally:
         torch.set_num_threads(threads)
     rows, verdict = explained.rows(plan, given, [(c, done[c.key]) for c in chunks])
@@ -103,7 +105,7 @@ def _papers(plan: Captured) -> list[str]:
 
 def size(plan: Captured) -> tuple[str, int]:
     """What is counted while it runs, and how many there are at most."""
-    return "closures", sum(plan.attacks[c.attack].steps * len(c.lanes) for c in plan.chunks())
+    return "closures", sum(closures_of(plan, c) for c in plan.chunks())
 
 
 def choices(plan: Captured) -> list[str]:

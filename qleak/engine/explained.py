@@ -86,7 +86,7 @@ def _lane(plan: Captured, given: Held, chunk: Chunk, done: Done, i: int) -> Lane
         "key": f"{chunk.key}-{i}", "id": plan.id, "attack": name, "control": lane.control, "restart": lane.restart,
         "message": lane.victim, "status": Status.NAMES[int(done.status[i])], "loss": float(done.guess.loss[i]),
         "residual": residual(plan, given, x, labels, 0), "variation": variation(x), "labels": labels.tolist(),
-        "closures": int(done.closures[i]), "steps": attack.steps, "cpu_s": done.cpu_s / len(chunk.lanes),
+        "closures": int(done.closures[i]), "steps": attack.closures(attack.steps), "cpu_s": done.cpu_s / len(chunk.lanes),
         "selected": False, "cut": attack.steps > 1 and done.cpu_s >= plan.share(chunk), "chunk": chunk.key, "lane": i,
     }  # fmt: skip
     if lane.control == "wrong-gradient":
