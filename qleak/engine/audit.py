@@ -181,8 +181,8 @@ def _results(plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str,
             chunk, lanes = chunks[key], len(chunks[key].lanes)
             attack = plan.attacks[chunk.attack]
             name = f"{plan.labels()[chunk.channel]} {attack.spec.split('(')[0]}"
-            done = attack.closures(event.step) * lanes
-            yield Step(key, name, done, closures_of(plan, chunk), f"loss {float(event.loss.min()):.0e}")
+            made = attack.closures(event.step) * lanes
+            yield Step(key, name, made, closures_of(plan, chunk), f"loss {float(event.loss.min()):.0e}")
     finally:
         torch.set_num_threads(threads)
 

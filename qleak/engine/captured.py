@@ -83,8 +83,8 @@ def run(plan: Captured, store: Run, device: str = "cpu", workers: int = 1) -> It
             chunk = next(c for c in waiting if c.key == key)
             attack, lanes = plan.attacks[chunk.attack], len(chunk.lanes)
             name = f"{attack.spec.split('(')[0]} {chunk.key.partition('-')[2].replace('none', 'captured')}"
-            done = attack.closures(event.step) * lanes
-            yield Step(key, name, done, closures_of(plan, chunk), f"loss {float(event.loss.min()):.0e}")
+            made = attack.closures(event.step) * lanes
+            yield Step(key, name, made, closures_of(plan, chunk), f"loss {float(event.loss.min()):.0e}")
     finally:
         torch.set_num_threads(threads)
     rows, verdict = explained.rows(plan, given, [(c, done[c.key]) for c in chunks])
