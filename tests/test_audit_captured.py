@@ -10,7 +10,7 @@ from captures import SHAPE, gradients, images, module
 import qleak
 from qleak import engine, random, store
 from qleak.adapters import audit as adapter
-from qleak.adapters import captured, self_check
+from qleak.adapters import captured, files, given, self_check
 from qleak.adapters.given import Request
 from qleak.catalog import build
 from qleak.check import Expected
@@ -200,7 +200,8 @@ def test_a_chain_is_read_off_a_module_and_nothing_else_is(held):
     folder, net, _, _ = held
     layers = layers_of(net, SHAPE)
     assert [n.kind for n in layers] == ["conv", "activation", "conv", "activation", "flatten", "linear"]
-    assert layers_of(module(folder, "Normed"), SHAPE) is None
+    normed = layers_of(module(folder, "Normed"), SHAPE)
+    assert [n.kind for n in normed or ()] == ["conv", "norm", "activation", "flatten", "linear"]
 
     class Skips(torch.nn.Module):
         def __init__(self):
@@ -212,6 +213,54 @@ def test_a_chain_is_read_off_a_module_and_nothing_else_is(held):
             return self.b(torch.sigmoid(h)) + h
 
     assert layers_of(Skips(), (1, 2, 2)) is None
+
+
+def test_a_net_with_pooling_and_a_norm_is_attacked_by_cells(held):
+    """Declared layers are not all solvable: the closed form stands back, and says nothing wrong of the batch."""
+    x, y = images(1)
+    net = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 8, 5, 1, 2), torch.nn.GroupNorm(2, 8), torch.nn.ReLU(), torch.nn.MaxPool2d(2), torch.nn.Flatten(),
+        torch.nn.Linear(8 * 36, 10),
+    )  # fmt: skip
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            p.copy_(random.uniform(random.generator("pooled", name), p.shape) - 0.5)
+    assert {"pool", "norm"} < {n.kind for n in layers_of(net, SHAPE) or ()}
+    found = qleak.audit(gradients(net, x, y), net, shape=SHAPE, truth=(x, y), budget=2)
+    assert {r["attack"].split("(")[0] for r in found.rows} == {"cells"}
+    assert found.document["batch"]["least"] == found.document["batch"]["most"] == 1
+    assert found.document["self_check"]["as_described"]
+    assert found.document["residual"] < 0.7 * found.document["controls"]["residual"]
+
+
+def test_what_is_held_fixed_and_what_the_weights_do_not_hold_is_said(held):
+    folder, _, x, y = held
+    net = module(folder)
+    net.conv1.requires_grad_(False)
+    net.zero_grad()
+    torch.nn.functional.cross_entropy(net(x), y).backward()
+    update = {k: p.grad for k, p in net.named_parameters() if p.grad is not None}
+    whole = net.state_dict()
+    trained = {k: v for k, v in whole.items() if k in update}
+    for weights, missing in ((whole, False), (trained, True)):
+        ready = captured.prepared(Request(update, net, weights, shape=SHAPE, attacks="closed_form", budget=1.0))
+        text = dict(report.known({**ready.about}))["Match"]
+        assert "Held fixed, as no update names them: conv1.weight, conv1.bias." in text
+        assert ("holds no conv1.weight, conv1.bias" in text) is missing
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_running_statistics_go_to_the_norm_of_their_own_name(prefix):
+    """`0.bn.running_mean` ends like `bn.running_mean`: each norm gets its own, in whatever order and behind any prefix."""
+    statistics = ("bn.running_mean", "bn.running_var", "0.bn.running_mean", "0.bn.running_var")
+    values = {k: torch.full((4,), float(i)) for i, k in enumerate(statistics)}
+    buffers = {k: torch.zeros(4) for k in statistics}
+    for names in (statistics, reversed(statistics)):
+        tensors = {prefix + k: values[k] for k in names} | {f"{prefix}fc.weight": torch.ones(2, 4)}
+        file = files.Captured(tensors, False, {}, "memory")
+        _, found = given.weights_of(file, {"fc.weight": torch.zeros(2, 4)}, buffers)
+        assert all(torch.equal(found[k], values[k]) for k in statistics)
+        assert given.held(file, buffers) == []
 
 
 def test_what_does_not_fit_is_said_in_one_line(held):

@@ -12,6 +12,7 @@ from qleak import random, tree
 from qleak.adapters import attackers, given, inference, matching, self_check
 from qleak.adapters.given import Request
 from qleak.adapters.self_check import Checked
+from qleak.adapters.structure import images
 from qleak.catalog import build
 from qleak.channels import Channel
 from qleak.check import Expected
@@ -47,13 +48,10 @@ def prepared(ask: Request) -> Ready:
         params, buffers = given.weights_of(weights_file, params, buffers)
     matched = matching.match(update_file, params, buffers)
     update = {k: matched.update[k].float() for k in params if k in matched.update}
-    notes = list(matched.notes)
+    notes = [*matched.notes, *given.held(weights_file, buffers)]
     if matched.missing:
         model = adapted(model, held=tuple(matched.missing))
         params, buffers = {k: params[k] for k in update}, buffers | {k: params[k] for k in matched.missing}
-        notes.append(
-            f"{len(matched.missing)} of the model's parameters have no number in the update: attacks use the rest."
-        )
     if not any(bool(v.any()) for v in update.values()):
         raise Expected("Expected an update with a number other than zero: nothing was sent.")
     channel, message, about_channel = _channel(ask.channel, update)
@@ -65,7 +63,7 @@ def prepared(ask: Request) -> Ready:
         raise Expected(f"Expected {client.batch} images of truth, one for each of the batch, got {len(known.x)}.")
     if bounds.least > client.batch:
         notes.append(
-            f"The update proves at least {bounds.least} images, more than the {client.batch} assumed: give --batch."
+            f"The update proves at least {images(bounds.least)}, more than the {client.batch} assumed: give --batch."
         )
     guessed = _guessed(model, params, buffers, channel, client, message, ask.labels)
     told, right = None, None

@@ -134,9 +134,33 @@ def weights_of(found: files.Captured, params: Params, buffers: Buffers) -> tuple
         raise Expected(
             f"Expected weights for every parameter, {matched.missing[0]!r} is missing ({len(matched.missing)} are)."
         )
-    ends = {k: v for name, v in found.tensors.items() for k in buffers if name == k or name.endswith(f".{k}")}
-    held = {k: ends[k].to(v.dtype) if k in ends and ends[k].shape == v.shape else v for k, v in buffers.items()}
+    ends = _ends(found, buffers)
+    held = {k: ends[k].to(v.dtype) if k in ends else v for k, v in buffers.items()}
     return {k: matched.update[k].to(v.dtype).reshape(v.shape) for k, v in params.items()}, held
+
+
+def held(found: files.Captured | None, buffers: Buffers) -> list[str]:
+    """What stays fixed beside the parameters: which frozen tensors, and what the weights' file left to the model's own values."""
+    if not buffers:
+        return []
+    counted = {k: v for k, v in buffers.items() if v.is_floating_point()}
+    frozen = [k for k in counted if k.rpartition(".")[2] not in matching.STATISTICS]
+    notes = [f"held fixed, as no update names them: {matching.few(frozen)}"] if frozen else []
+    own = [] if found is None else [k for k in counted if k not in _ends(found, buffers)]
+    if own:
+        notes.append(
+            f"the weights' file holds no {matching.few(own)}: the model's own values, which may not be the client's"
+        )
+    return notes
+
+
+def _ends(found: files.Captured, buffers: Buffers) -> Buffers:
+    """The file's values of buffers, by name or the shortest that ends in it, where shapes agree.
+
+    `layer1.0.bn1.running_mean` ends like the first norm's `bn1.running_mean`, and may well have its shape.
+    """
+    ends = {k: min((n for n in found.tensors if n == k or n.endswith(f".{k}")), key=len, default="") for k in buffers}
+    return {k: found.tensors[n] for k, n in ends.items() if n and found.tensors[n].shape == buffers[k].shape}
 
 
 def client_of(ask: Request, batch: int) -> Client:

@@ -73,10 +73,10 @@ def match(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
         names, targets = list(floats), list(params)
         pairs = {targets[p]: (names[f], how) for f, p, how in places}
         if pairs and not captured.ordered:
-            notes.append(f"no name of the file ({_few(floats)}) is the model's: matched without names")
+            notes.append(f"no name of the file ({few(floats)}) is the model's: matched without names")
         if not pairs and not captured.ordered:
             raise Expected(
-                f"Expected names of the model's parameters ({_few(params)}), got {_few(floats)}: rename them, or send a list."
+                f"Expected names of the model's parameters ({few(params)}), got {few(floats)}: rename them, or send a list."
             )
     update, lines = {}, []
     turned, upright, wrong = [], [], []
@@ -107,7 +107,7 @@ def match(captured: Captured, params: dict[str, Tensor], buffers: dict[str, Tens
             f", the first stranger {strangers[0].found[:60]!r} of shape {strangers[0].found_shape}" if strangers else ""
         )
         raise Expected(
-            f"Expected the update of a model with {len(params)} parameters ({_few(params)}), matched {len(update)} "
+            f"Expected the update of a model with {len(params)} parameters ({few(params)}), matched {len(update)} "
             f"and left over {len(strangers)}{first}: is it the same architecture?"
         )
     update, lines = _squares(update, lines, shapes, turned, upright, notes)
@@ -178,9 +178,9 @@ def _squares(
     if not turned or not square:
         return update, lines
     if upright:
-        notes.append(f"{_few(square)}: square, and the file's other matrices lie both ways; left as they are")
+        notes.append(f"{few(square)}: square, and the file's other matrices lie both ways; left as they are")
         return update, lines
-    notes.append(f"{_few(square)}: square, which does not show how they lie; transposed like the file's other matrices")
+    notes.append(f"{few(square)}: square, which does not show how they lie; transposed like the file's other matrices")
     update = {k: v.T.contiguous() if k in square else v for k, v in update.items()}
     return update, [
         line._replace(how=f"{line.how}, transposed") if line.parameter in square else line for line in lines
@@ -214,22 +214,20 @@ def _remarks(
     notes = []
     if missing:
         notes.append(
-            f"{len(missing)} of {len(lines)} parameters did not come ({_few(missing)}): what rests on them is not used"
+            f"{len(missing)} of {len(lines)} parameters did not come ({few(missing)}): what rests on them is not used"
         )
     biases = [k for k in missing if re.search(r"bias$", k)]
     if biases:
         notes.append("without the last bias gradient the output error cannot be read off" if biases[-1] == lines[-1].parameter
-                     else f"biases are missing: {_few(biases)}")  # fmt: skip
+                     else f"biases are missing: {few(biases)}")  # fmt: skip
     if strangers:
-        notes.append(
-            f"{len(strangers)} tensors fit no parameter and are ignored ({_few([s.found for s in strangers])})"
-        )
+        notes.append(f"{len(strangers)} tensors fit no parameter and are ignored ({few([s.found for s in strangers])})")
     if turned or any("HWIO" in line.how for line in lines):
         notes.append("matrices lay the other way round: nets that put channels last also flatten in another order")
     return notes
 
 
-def _few(names) -> str:
+def few(names) -> str:
     """The first three names."""
     every = [n[:40] for n in names]
     return ", ".join(every[:3]) + (f", … ({len(every)})" if len(every) > 3 else "")

@@ -110,20 +110,25 @@ def batch_bounds(update: dict[str, Tensor], model: Model) -> Batch:
             full = False
         if layer.rank > least:
             least = layer.rank
-        reasons.append(f"{layer.name} {layer.shape} has rank {layer.rank}: at least {layer.rank} images")
+        reasons.append(f"{layer.name} {layer.shape} has rank {layer.rank}: at least {images(layer.rank)}")
     biases = [v for v in update.values() if v.ndim == 1 and v.shape[0] == model.classes]
     if biases and float(biases[-1].sum().abs()) < 1e-3 * float(biases[-1].abs().sum()):  # as exact output errors do
         labels = int((biases[-1] < 0).sum())
         reasons.append(
-            f"the last bias gradient is negative in {labels} classes: at least so many images, if it is exact"
+            f"the last bias gradient is negative in {labels} class{'es' * (labels != 1)}: at least {images(labels)}, if it is exact"
         )
         least = max(least, labels)
     if not found:
         reasons.append("no linear layer to take a rank of")
     elif not full:
         reasons.append(
-            f"a rank below the layers' own width: {least} images, unless some are alike or already classified with certainty"
+            f"a rank below the layers' own width: {images(least)}, unless some are alike or already classified with certainty"
         )
     else:
         reasons.append("the ranks are as large as the layers allow: nothing bounds the batch from above")
     return Batch(least, least if found and not full else None, reasons)
+
+
+def images(count: int) -> str:
+    """Whole words: "1 image", "3 images"."""
+    return f"{count} image{'s' * (count != 1)}"

@@ -69,7 +69,9 @@ def _magnitude(name: str, cut: Groups, norm: str, levels: float, clip: float) ->
             norms[k] = size(v)
             step = step_of(knobs, norms[k], v)
             t = v / torch.where(step > 0, step, 1)
-            code[k] = (torch.sign(t) * (t.abs() + noise[k].to(t.dtype)).floor()).to(torch.int32)
+            # In floating point max|x|/(max|x|/s) may exceed s, and s plus a coin next to 1 rounds to s + 1.
+            up = (t.abs() + noise[k].to(t.dtype)).floor()
+            code[k] = (torch.sign(t) * torch.minimum(up, knobs["levels"].to(t.dtype))).to(torch.int32)
         return code, {"norm": norms}, state
 
     def step_of(knobs: dict[str, Tensor], scale: Tensor, like: Tensor) -> Tensor:

@@ -161,21 +161,25 @@ def known(header: dict[str, Any]) -> list[tuple[str, str]]:
     """Match, channel, batch, self-check, in a line or two each, as (term, text)."""
     m, c, b = header["match"], header["channel"], header["batch"]
     by = ", ".join(f"{n} by {how}" if how != "missing" else f"{n} missing" for how, n in hows(header).items())
-    text = f"{m['numbers']:,} numbers ({m['kind']}, {m['dtype']}): {by}. {' '.join(m['notes'])}"
+    text = f"{m['numbers']:,} numbers ({m['kind']}, {m['dtype']}): {by}. {sentences(m['notes'], ' ')}"
     alike = f" Equivalent or possible as well: {', '.join(c['alternatives'])}." if c["alternatives"] else ""
     channel = label(c["channel"]) if c["channel"] else "not determined"
     origin = "as given" if c["given"] else c["certainty"]
-    most = "" if b["most"] is None else f", at most {b['most']}"
+    read = "" if c["used"] == channel else f", read as {c['used']}"
+    proves = f"at least {b['least']}" if b["most"] is None else f"{b['least']} to {b['most']}"
+    if b["most"] == b["least"]:
+        proves = f"{b['least']}"
+    proven = f"; the update proves {proves}" if b["most"] is not None or b["least"] > 1 else ""
     said = [
         ("Match", text.strip()),
         ("Weights", f"{header['weights']}."),
         (
             "Channel",
-            f"{channel} ({origin}), read as {c['used']}. {sentences(c['reasons'])}{alike} {c['note']}".strip(),
+            f"{channel} ({origin}){read}. {sentences(c['reasons'])}{alike} {c['note']}".strip(),
         ),
         (
             "Batch",
-            f"{b['used']} assumed; the update proves at least {b['least']}{most}. {sentences(b['reasons'])}".strip(),
+            f"{b['used']} {'given' if b['given'] else 'assumed'}{proven}. {sentences(b['reasons'])}".strip(),
         ),
     ]
     if check := header.get("self_check"):
@@ -183,9 +187,18 @@ def known(header: dict[str, Any]) -> list[tuple[str, str]]:
     return said
 
 
-def sentences(reasons: list[str]) -> str:
-    """Reasons as one sentence."""
-    return f"{'; '.join(r.strip().rstrip('.') for r in reasons)}." if reasons else ""
+def sentences(reasons: list[str], between: str = "; ") -> str:
+    """Reasons as one sentence, or, with `between` " ", as one each."""
+    parts = [r.strip().rstrip(".") for r in reasons]
+    if between == " ":
+        return " ".join(f"{_capital(part)}." for part in parts)
+    return f"{_capital(between.join(parts))}." if parts else ""
+
+
+def _capital(text: str) -> str:
+    """A large first letter, unless the first word is a name such as `fc.weight`."""
+    first, _, rest = text.partition(" ")
+    return text if not first.isalpha() or rest.startswith("(") else text[:1].upper() + text[1:]
 
 
 def checked(check: dict[str, Any]) -> str:
