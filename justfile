@@ -64,6 +64,11 @@ reproduce:
 full:
     for recipe in {{recipes}}; do qleak recipe run $recipe --full || exit 1; done
 
+# closures a second against the sequential closure, one core and two
+[group('reproduce')]
+bench-closures *args:
+    python benchmarks/closures.py {{args}}
+
 # correctness and rates on one CUDA device; without one it says so
 [group('reproduce')]
 gpu *args:
