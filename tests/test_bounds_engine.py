@@ -7,7 +7,8 @@ import re
 import pytest
 from rich.console import Console
 
-from qleak.bounds import natural
+from qleak import data
+from qleak.bounds import chord, natural
 from qleak.catalog import build
 from qleak.engine import bounds as beside
 from qleak.engine.audit import prepare, run
@@ -32,7 +33,9 @@ def folder(tmp_path_factory):
         for _ in run(plan, store):
             pass
         before = store.rows()
-        rows = list(beside.run(plan, store, natural((1, 25, 25))))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(chord, "MOST", 2)  # sweeps
+            rows = list(beside.run(plan, store, natural((1, 25, 25))))
         assert store.rows() == before
     return place, plan, rows
 
@@ -68,7 +71,11 @@ def test_the_report_shows_the_gap(folder, tmp_path):
     place, plan, _ = folder
     header = read_run(place)
     gaps = shown.gaps(header)
-    assert [g.channel for g in gaps] == plan.labels()[:3]
+    assert [(g.channel, g.kind) for g in gaps] == list(
+        zip(plan.labels(), ("local", "chord", "local", "chord"), strict=True)
+    )
+    assert [g.estimate is not None for g in gaps] == [False, True, False, False]
+    assert gaps[1].estimate < gaps[1].bound
     assert all(g.gap == pytest.approx(g.bound - g.psnr) for g in gaps)
     page = html.write(place, tmp_path / "page.html").read_text()
     assert "What is left to gain" in page and f"{gaps[0].bound:.1f}" in page
@@ -100,6 +107,26 @@ def test_a_beaten_bound_is_said_to_be_beaten():
     )
 
 
-def test_the_prior_is_not_the_victims_own_set(folder):
+def test_a_gaussian_estimate_is_no_bound():
+    """Rounding as Gaussian noise is beaten: it does not stand where a bound stands, nor alone."""
+    summary = [{"channel": "c", "attack": "a", "control": "none", "psnr_selected": 50.0}]
+    line = {"channel": "c", "psnr": 44.0, "rigorous": False, "assumptions": "", "why": "", "images": 1}
+    rough, chord = (
+        line | {"bound": "local", "estimate": True},
+        line | {"bound": "chord", "psnr": 62.0, "estimate": False},
+    )
+    (gap,) = shown.gaps({"summary": summary, "bounds": {"prior": "p", "summary": [rough, chord]}})
+    assert (gap.kind, gap.bound, gap.estimate, gap.gap) == ("chord", 62.0, 44.0, 12.0)
+    assert not shown.gaps({"summary": summary, "bounds": {"prior": "p", "summary": [rough]}})
+    said = " ".join(shown.lines({"summary": summary, "bounds": {"prior": "p", "summary": [rough, chord]}}))
+    assert "c 44.0 dB. An estimate, no bound" in said and "Beaten" not in said
+
+
+def test_the_prior_is_of_other_images_of_the_set_or_of_public_ones(folder, monkeypatch):
     _, plan, _ = folder
-    assert "spectrum" in beside.prior_for(plan, prepare(plan).secret.x).name
+    victims = prepare(plan).secret.x
+    assert "spectrum" in beside.prior_for(plan, victims).name  # a small set of a shape that no public one has
+    total = len(data.load(plan.data).x)
+    monkeypatch.setattr(beside, "ENOUGH", total)
+    name = beside.prior_for(plan, victims).name
+    assert name.endswith(f"of {plan.data}") and int(name.split()[3]) <= total - len(victims)

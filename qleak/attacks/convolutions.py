@@ -11,13 +11,16 @@ The transposed map has no scatter either. With y + padding = stride·m + r and i
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from qleak.types import Layer
+
+_MADE = WeakTensorKeyDictionary()
 
 
 def patches(layer: Layer, h: Tensor, lanes: int) -> Tensor:
@@ -25,6 +28,19 @@ def patches(layer: Layer, h: Tensor, lanes: int) -> Tensor:
     o = layer.options
     p = o["padding"]
     return _windows(F.pad(h.permute(0, 2, 3, 1), (0, 0, p, p, p, p)), o["kernel"], o["stride"], lanes)
+
+
+def shared(make: Callable[..., Tensor], weight: Tensor, *args: Layer) -> Tensor:
+    """`make(*args, weight)`, remembered as long as the shared weight lives: every closure of an attack asks for the same."""
+    if weight.requires_grad or type(weight) is not Tensor:
+        return make(*args, weight)
+    held = _MADE.get(weight)
+    if held is None:
+        _MADE[weight] = held = {}
+    key = (make.__name__, weight._version)
+    if key not in held:
+        held[key] = make(*args, weight)
+    return held[key]
 
 
 def columns(weight: Tensor) -> Tensor:
@@ -63,12 +79,11 @@ def errors(layer: Layer, delta: Tensor, before: torch.Size, lanes: int) -> Tenso
 def turned(layer: Layer, weight: Tensor) -> Tensor:
     """Kernels as `transposed` multiplies by them, `[(lane) J·J·out stride·stride·in]`: sorted by phase, the last place first."""
     o = layer.options
-    index, spare = _order(o["out"], o["in"], o["kernel"], o["stride"])
-    index = index.to(weight.device)
+    index, empty = _order(o["out"], o["in"], o["kernel"], o["stride"], weight.device)
     flat = weight.movedim(-3, -1).flatten(-4)  # out k k in: as `weigh` lays a direction out, so that nothing is copied
-    if spare:
-        flat = F.pad(flat, (0, 1))
-    return flat.index_select(-1, index).unflatten(-1, (_reach(layer) ** 2 * o["out"], -1))
+    found = flat.index_select(-1, index)
+    found = found if empty is None else found.masked_fill(empty, 0)
+    return found.unflatten(-1, (_reach(layer) ** 2 * o["out"], -1))
 
 
 def transposed(layer: Layer, kernels: Tensor, gathered: Tensor, before: torch.Size) -> Tensor:
@@ -81,7 +96,9 @@ def spread(layer: Layer, kernels: Tensor, delta: Tensor, before: torch.Size) -> 
     """The same for shared kernels and an error whose patches nobody else needs: an ordinary convolution, no copy."""
     reach, cout = _reach(layer), layer.options["out"]
     weight = kernels.view(reach, reach, cout, -1).permute(3, 2, 0, 1)
-    out = F.conv2d(_padded(layer, delta, before).permute(0, 3, 1, 2), weight)
+    pads = _pads(layer, delta, before)
+    even = len(set(pads)) == 1 and pads[0] >= 0
+    out = F.conv2d(delta, weight, padding=pads[0]) if even else F.conv2d(F.pad(delta, pads), weight)
     return _interleaved(layer, out.permute(0, 2, 3, 1), before)
 
 
@@ -98,14 +115,16 @@ def _interleaved(layer: Layer, out: Tensor, before: torch.Size) -> Tensor:
 
 
 @functools.lru_cache
-def _order(cout: int, cin: int, kernel: int, stride: int) -> tuple[Tensor, int]:
-    """Which number of a kernel stands where in `turned`, flat, and whether some places are empty (then: one past the end)."""
+def _order(cout: int, cin: int, kernel: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Which number of a kernel stands where in `turned`, flat, and which places are empty, if any."""
     reach = -(-kernel // stride)
     spare = stride * reach - kernel
     numbers = torch.arange(cout * cin * kernel * kernel).reshape(cout, kernel, kernel, cin).movedim(-1, 1)
     numbers = F.pad(numbers, (0, spare, 0, spare), value=numbers.numel())
     numbers = numbers.reshape(cout, cin, reach, stride, reach, stride).flip(2, 4)
-    return numbers.permute(2, 4, 0, 3, 5, 1).flatten(), spare
+    index = numbers.permute(2, 4, 0, 3, 5, 1).flatten().to(device)
+    empty = index == cout * cin * kernel * kernel
+    return index.masked_fill(empty, 0), empty if spare else None
 
 
 def _reach(layer: Layer) -> int:
@@ -121,11 +140,16 @@ def _phases(layer: Layer, side: int) -> tuple[int, int]:
 
 def _padded(layer: Layer, delta: Tensor, before: torch.Size) -> Tensor:
     """An output's error `[lane·b h w out]` with as much around it as the places of the input reach."""
-    pads = [0, 0]
+    return F.pad(delta.permute(0, 2, 3, 1), [0, 0, *_pads(layer, delta, before)])
+
+
+def _pads(layer: Layer, delta: Tensor, before: torch.Size) -> list[int]:
+    """Left, right, top, bottom."""
+    pads = []
     for axis in (3, 2):
         low, high = _phases(layer, before[axis])
         pads += [_reach(layer) - 1 - low, high - delta.shape[axis] + 1]
-    return F.pad(delta.permute(0, 2, 3, 1), pads)
+    return pads
 
 
 def _windows(h: Tensor, kernel: int, stride: int, lanes: int) -> Tensor:

@@ -52,7 +52,10 @@ def up(layer: Layer, params: Params, buffers: Buffers, h: Tensor, lanes: int) ->
             seen = convolutions.patches(layer, h, lanes)
             sides = shape(layer, tuple(h.shape))[2:]
             out = convolutions.forward(
-                convolutions.columns(params[f"{layer.name}.weight"]), params[f"{layer.name}.bias"], seen, sides
+                convolutions.shared(convolutions.columns, params[f"{layer.name}.weight"]),
+                params[f"{layer.name}.bias"],
+                seen,
+                sides,
             )
             return Seen(h, out, seen)
         case "activation":
@@ -76,7 +79,7 @@ def down(layer: Layer, params: Params, seen: Seen, gathered: Tensor) -> Tensor:
     """(∂f/∂h)ᵀ δ, from `gather`'s δ."""
     match layer.kind:
         case "conv":
-            kernels = convolutions.turned(layer, params[f"{layer.name}.weight"])
+            kernels = convolutions.shared(convolutions.turned, params[f"{layer.name}.weight"], layer)
             return convolutions.transposed(layer, kernels, gathered, seen.before.shape)
         case "linear":
             return gathered @ params[f"{layer.name}.weight"]
@@ -153,7 +156,11 @@ def pull(
         case "conv":
             shape = seen.before.shape
             own = convolutions.transposed(layer, convolutions.turned(layer, v[weight]), gathered, shape)
-            return own.add_(convolutions.spread(layer, convolutions.turned(layer, params[weight]), prime, shape))
+            return own.add_(
+                convolutions.spread(
+                    layer, convolutions.shared(convolutions.turned, params[weight], layer), prime, shape
+                )
+            )
         case "linear":
             rows = gathered.unflatten(0, (lanes, -1))
             own = v[weight].pull if isinstance(v[weight], Ghost) else torch.bmm(rows, v[weight])

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qleak import random
 from qleak.accounting import gaussian_mu
-from qleak.bounds import cramer_rao, dp, rate
+from qleak.bounds import cells as polytopes
+from qleak.bounds import chord, cramer_rao, dp, rate
 from qleak.bounds import jacobian as jacobians
 from qleak.bounds.fisher import fisher
 from qleak.bounds.information import information
@@ -24,9 +25,10 @@ from qleak.check import Expected, at_least, one_of, whole
 from qleak.metrics import PSNR_CAP
 from qleak.types import Buffers, Client, Message, Model, Params, Tree
 
-KINDS = ("cramer-rao", "local", "van-trees", "rate", "dp-unbiased", "dp-reconstruction")
+KINDS = ("cramer-rao", "local", "chord", "van-trees", "rate", "dp-unbiased", "dp-reconstruction")
 GROUPS = 8  # parts of the draws that the jackknife leaves out, one at a time
 MOST = 6500  # pixels of a batch: F and its inverse are dense
+MOST_ROWS = 300_000  # numbers whose cells a walker can look at
 
 
 class Setting(NamedTuple):
@@ -50,6 +52,7 @@ class Bound(NamedTuple):
         assumptions: in words.
         mc_error: one standard deviation of `mse` from drawing images.
         why: why there is no bound; "" where there is.
+        estimate: rounding taken for Gaussian noise: what least squares reaches, and no bound at all.
     """
 
     kind: str
@@ -60,11 +63,12 @@ class Bound(NamedTuple):
     assumptions: str
     mc_error: float = 0.0
     why: str = ""
+    estimate: bool = False
 
 
 def bound_of(
     setting: Setting, channel: Channel, x: Tensor, y: Tensor, prior: Prior, message: Message | None = None,
-    kinds: Sequence[str] = ("cramer-rao", "local", "rate", "dp-unbiased", "dp-reconstruction"),
+    kinds: Sequence[str] = ("cramer-rao", "local", "chord", "rate", "dp-unbiased", "dp-reconstruction"),
     jac: Jacobian | None = None, memory: float = 1e9, exact: bool = True,
 ) -> tuple[Bound, ...]:  # fmt: skip
     """The bounds of one update of images `x [b c h w]`, labels `y [b]` known to the attacker, one for each of `kinds`.
@@ -90,6 +94,8 @@ def bound_of(
         raise Expected(f"Expected images of the prior's shape {tuple(prior.shape)}, got {tuple(x.shape[1:])}.")
     out = [_by_rate(channel, setting.params, prior, message, len(x), k) for k in kinds if k == "rate"]
     out += [_by_privacy(channel, setting, prior, k) for k in kinds if k.startswith("dp-")]
+    if "chord" in kinds:
+        out.append(_by_chords(setting, channel, x, y, prior, message, jac, memory))
     curved = [k for k in kinds if k in ("cramer-rao", "local")]
     if curved:
         out += _by_information(setting, channel, x, y, prior, message, curved, jac, memory, exact)
@@ -172,8 +178,39 @@ def _by_information(
             wide = prior if len(x) == 1 else _batch(prior, len(x))
             errors = cramer_rao.local(found.matrix, wide, found.exact)
             said = f"the update linear around this image, which is one of {prior.name}; {info.assumes}; labels known"
-            out.append(_bound(kind, errors, False, said, tuple(x.shape)))
+            rough = info.kind == "gaussian-approx"
+            out.append(_bound(kind, errors, False, said, tuple(x.shape))._replace(estimate=rough))
     return out
+
+
+def _by_chords(
+    setting: Setting, channel: Channel, x: Tensor, y: Tensor, prior: Prior, message: Message | None,
+    jac: Jacobian | None, memory: float,
+) -> Bound:  # fmt: skip
+    """Half the squared distance of two walkers in the polytope of images with this very message."""
+    if x.numel() > MOST:
+        return _none("chord", f"{x.numel()} pixels are more than {MOST}")
+    try:
+        rows = _rows(setting, x, y)
+        found = polytopes.cells(channel, rows, setting.params, message)
+        if found.why:
+            return _none("chord", found.why)
+        if sum(v.numel() for v in found.at.values()) > MOST_ROWS:
+            return _none("chord", f"more than {MOST_ROWS} numbers are sent")
+        if jac is None or found.front is not None:
+            jac = jacobians.jacobian(*setting, x, y, found.front, memory)
+    except Expected as error:
+        return _none("chord", str(error))
+    part = polytopes.section(jac, found, x, prior if len(x) == 1 else _batch(prior, len(x)))
+    if part is None:
+        return _none("chord", "what travels in clear leaves nothing open")
+    sweeps = chord.sweeps_for(part)
+    errors = chord.errors(part, tuple(x.shape), sweeps, random.generator(0, "bounds", "walk"))
+    said = (
+        f"the update linear around this image, which is one of {prior.name} within [0, 1]; numbers in clear and black "
+        f"or white pixels given away; two walkers after {sweeps} sweeps; labels known"
+    )
+    return _bound("chord", errors, False, said, tuple(x.shape))
 
 
 def _batch(prior: Prior, b: int) -> Prior:

@@ -16,15 +16,18 @@ from torch import Tensor
 
 from qleak import bounds, data, random, tree
 from qleak.bounds import Bound, Prior, Setting
+from qleak.bounds.cells import deterministic
+from qleak.bounds.chord import MOST as MOST_SWEEPS
+from qleak.bounds.chord import WORK
 from qleak.bounds.jacobian import Jacobian, jacobian
-from qleak.bounds.of import MOST
+from qleak.bounds.of import MOST, MOST_ROWS
 from qleak.check import Expected
 from qleak.engine.audit import Prepared, prepare
 from qleak.errors import Failed
 from qleak.plans import Audit
 from qleak.store import Run
 
-KINDS = ("cramer-rao", "local", "rate", "dp-unbiased", "dp-reconstruction")
+KINDS = ("cramer-rao", "local", "chord", "rate", "dp-unbiased", "dp-reconstruction")
 PRIORS = {(3, 32, 32): ("cifar10-12k", "cifar10"), (1, 28, 28): ("mnist5k",)}
 """Public images by shape, first found first, for data sets too small to fit a Gaussian to; for want of any, a spectrum."""
 
@@ -37,14 +40,16 @@ SHORT = 20.0
 
 
 def seconds(plan: Audit) -> float:
-    """About how long `run` takes on one core: fits to a colour LeNet's 5 s a Jacobian, 7 s a bound, 18 s a prior.
+    """About how long `run` takes on one core: a colour LeNet's 5 s a Jacobian, 7 s a bound, 18 s a prior, 55 s a walk.
 
-    A Jacobian grows with pixels × weights, a bound and a prior with the third power of the pixels.
+    A Jacobian grows with pixels × weights, a bound and a prior with the third power of the pixels, a walk with both.
     """
     pixels = math.prod(plan.model.shape)
     share = pixels / 3072
-    width = tree.count(plan.model.init(random.generator(0, "weights"))[0]) / 85_000
-    each = 5 * share * width + 7 * len(plan.channels) * (share**3 + 0.1 * share**2 * width)
+    weights = tree.count(plan.model.init(random.generator(0, "weights"))[0])
+    width, walks = weights / 85_000, sum(deterministic(c) for c in plan.channels) if weights <= MOST_ROWS else 0
+    walk = 30 * share**3 + 25 * min(MOST_SWEEPS * pixels * weights / WORK, 1.0)
+    each = walks * walk + 5 * share * width + 7 * len(plan.channels) * (share**3 + 0.1 * share**2 * width)
     return 18 * share**3 + plan.client.batch * len(plan.victims) * each
 
 
@@ -97,7 +102,7 @@ def _row(plan: Audit, channel: int, victim: int, bound: Bound) -> dict[str, Any]
     return {
         "key": f"{channel}-{bound.kind}-{victim}", "channel": plan.labels()[channel], "image": victim,
         "bound": bound.kind, "psnr": number(bound.psnr), "mse": number(bound.mse), "mc_error": bound.mc_error,
-        "rigorous": bound.rigorous, "assumptions": bound.assumptions, "why": bound.why,
+        "rigorous": bound.rigorous, "estimate": bound.estimate, "assumptions": bound.assumptions, "why": bound.why,
     }  # fmt: skip
 
 
@@ -110,7 +115,8 @@ def summarise(found: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         first = next((r for r in mine if not r["why"]), mine[0])
         out.append({
             "channel": key[0], "bound": key[1], "images": len(told), "psnr": fmean(told) if told else None,
-            "rigorous": all(r["rigorous"] for r in mine), "assumptions": first["assumptions"], "why": "" if told else first["why"],
+            "rigorous": all(r["rigorous"] for r in mine), "estimate": first["estimate"],
+            "assumptions": first["assumptions"], "why": "" if told else first["why"],
         })  # fmt: skip
     return out
 

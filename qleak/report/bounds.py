@@ -1,4 +1,8 @@
-"""Attacks beside what no attack can beat: the gap of every channel, from a run's header alone."""
+"""Attacks beside what no attack can beat: the gap of every channel, from a run's header alone.
+
+For noise and coins the bound is the local one. A code without noise has no Fisher information: its bound is that of its
+cells ("chord"), and the Gaussian line stands beside it as an estimate.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ if TYPE_CHECKING:
 WORDS = {
     "cramer-rao": "unbiased attacks (Cramér–Rao)",
     "local": "local, with the prior",
+    "chord": "cells, with the prior",
     "van-trees": "average over the prior (van Trees)",
     "rate": "bits sent (rate–distortion)",
     "dp-unbiased": "privacy, unbiased attacks",
@@ -21,7 +26,11 @@ VACUOUS = 100.0  # dB from which on a bound says nothing
 
 
 class Gap(NamedTuple):
-    """One channel: its best attack and a bound, in dB; `gap` is positive where the attack stays below the bound."""
+    """One channel: its best attack and its bound, in dB; `gap` is positive where the attack stays below the bound.
+
+    `kind` is the bound's: "local" for noise and coins, "chord" for codes without noise. `estimate` is what least squares
+    would reach if the rounding of such a code were Gaussian noise: no bound, and often beaten.
+    """
 
     channel: str
     attack: str
@@ -29,17 +38,29 @@ class Gap(NamedTuple):
     bound: float
     rigorous: bool
     gap: float
+    kind: str = "local"
+    estimate: float | None = None
 
 
-def gaps(header: dict[str, Any], kind: str = "local") -> list[Gap]:
-    """Best attack against one kind of bound, for every channel that has both; [] where no bounds were computed."""
-    out = []
+def gaps(header: dict[str, Any]) -> list[Gap]:
+    """Best attack against its bound, for every channel that has both; [] where no bounds were computed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
     for s in (header.get("bounds") or {}).get("summary") or []:
-        mine = [a for a in header.get("summary") or [] if (a["channel"], a["control"]) == (s["channel"], "none")]
-        if s["bound"] == kind and s["psnr"] is not None and mine:
+        if s["psnr"] is not None:
+            found.setdefault(s["channel"], {})[s["bound"]] = s
+    out = []
+    for channel, kinds in found.items():
+        mine = [a for a in header.get("summary") or [] if (a["channel"], a["control"]) == (channel, "none")]
+        line = kinds.get("local")
+        rough = bool(line and line.get("estimate"))
+        bound = kinds.get("chord") or (None if rough else line)
+        if bound and mine:
             best = max(mine, key=lambda a: a["psnr_selected"])
             psnr = best["psnr_selected"]
-            out.append(Gap(s["channel"], best["attack"], psnr, s["psnr"], s["rigorous"], s["psnr"] - psnr))
+            more = (bound["bound"], line["psnr"] if line and rough else None)
+            out.append(
+                Gap(channel, best["attack"], psnr, bound["psnr"], bound["rigorous"], bound["psnr"] - psnr, *more)
+            )
     return out
 
 
@@ -55,12 +76,18 @@ def lines(header: dict[str, Any]) -> list[str]:
         return []
     near, far = min(found, key=lambda g: g.gap), max(found, key=lambda g: g.gap)
     said = [
-        f"Bounds (local linearised, {header['bounds']['prior']}): attacks stay {near.gap:.1f} dB below on {near.channel}, "
+        f"Bounds (linearised, {header['bounds']['prior']}): attacks stay {near.gap:.1f} dB below on {near.channel}, "
         f"{far.gap:.1f} dB on {far.channel}."
     ]
+    rough = [g for g in found if g.estimate is not None]
+    if rough:
+        told = ", ".join(f"{g.channel} {g.estimate:.1f} dB" for g in rough)
+        said.append(f"Were rounding Gaussian noise, least squares would reach: {told}. An estimate, no bound.")
     beaten = [g.channel for g in found if g.gap < 0]
     if beaten:
-        said.append(f"Beaten on {', '.join(beaten)}: this bound is an approximation there.")
+        said.append(
+            f"Beaten on {', '.join(beaten)}: the update is not linear there, or the image not one of the prior."
+        )
     for s in header["bounds"]["summary"]:
         if (
             s["rigorous"]
@@ -73,7 +100,7 @@ def lines(header: dict[str, Any]) -> list[str]:
 
 
 def figure(header: dict[str, Any]) -> str:
-    """The band between best attack and local bound as SVG, a line per channel; empty without bounds."""
+    """The band between best attack and bound as SVG, a line per channel; empty without bounds."""
     found = gaps(header)
     if not found:
         return ""
@@ -83,7 +110,11 @@ def figure(header: dict[str, Any]) -> str:
         at = range(len(found), 0, -1)
         axes.hlines(at, [g.psnr for g in found], [g.bound for g in found], color="0.8", linewidth=6)
         axes.plot([g.psnr for g in found], at, "o", color=COLOURS[0], label="best attack")
-        axes.plot([g.bound for g in found], at, "|", color=COLOURS[1], markersize=12, label="local bound")
+        axes.plot([g.bound for g in found], at, "|", color=COLOURS[1], markersize=12, label="bound")
+        rough = [(g.estimate, y) for g, y in zip(found, at, strict=True) if g.estimate is not None]
+        if rough:
+            xs, ys = zip(*rough, strict=True)
+            axes.plot(xs, ys, "x", color="0.4", label="Gaussian estimate, no bound")
         axes.set_yticks(list(at), [g.channel for g in found])
         axes.set(xlabel="PSNR, dB")
         axes.legend(frameon=False)
