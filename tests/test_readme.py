@@ -48,7 +48,8 @@ def test_shell_blocks(command, tmp_path):
 
 
 @pytest.mark.parametrize(("page", "code"), snippets(), ids=lambda v: v[:12])
-def test_python_blocks(page, code):
+def test_python_blocks(page, code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(code, page, "exec"), {})
 
 
