@@ -129,4 +129,4 @@ def test_the_prior_is_of_other_images_of_the_set_or_of_public_ones(folder, monke
     total = len(data.load(plan.data).x)
     monkeypatch.setattr(beside, "ENOUGH", total)
     name = beside.prior_for(plan, victims).name
-    assert name.endswith(f"of {plan.data}") and int(name.split()[3]) <= total - len(victims)
+    assert name.endswith(f"of {plan.data}") and int(name.split()[4].replace(",", "")) <= total - len(victims)

@@ -72,7 +72,7 @@ def fitted(images: Tensor, shrink: float = 0.1, floor: float = 1e-6, name: str =
     smooth = rearrange((plane * power[:, :, None]) @ plane.T, "a b p q -> (a p) (b q)")
     full = (1 - shrink) * (centred.T @ centred) / (len(flat) - 1) + shrink * smooth
     values, basis = torch.linalg.eigh(full)
-    return Prior(mean, values.clamp(min=0) + floor, basis, shape, name or f"N fitted to {len(flat)} images")  # type: ignore[arg-type]
+    return Prior(mean, values.clamp(min=0) + floor, basis, shape, name or f"a Gaussian fitted to {len(flat):,}")  # type: ignore[arg-type]
 
 
 def natural(
@@ -119,7 +119,7 @@ def public(name: str, shape: tuple[int, int, int], but: Tensor | None = None, mo
     if but is not None:
         near = torch.cdist(images.flatten(1), but.flatten(1).float()).square().amin(1) / images[0].numel()
         images = images[near > 1e-4]
-    return fitted(images, name=f"N fitted to {len(images)} of {name}")
+    return fitted(images, name=f"a Gaussian fitted to {len(images):,} of {name}")
 
 
 def dct_basis(shape: tuple[int, ...]) -> Tensor:

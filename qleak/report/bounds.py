@@ -75,9 +75,10 @@ def lines(header: dict[str, Any]) -> list[str]:
     if not found:
         return []
     near, far = min(found, key=lambda g: g.gap), max(found, key=lambda g: g.gap)
+    more = f", {far.gap:.1f} dB on {far.channel}" if far != near else ""
     said = [
-        f"Bounds (linearised, {header['bounds']['prior']}): attacks stay {near.gap:.1f} dB below on {near.channel}, "
-        f"{far.gap:.1f} dB on {far.channel}."
+        f"Bounds (linearised; images as {header['bounds']['prior']}): attacks stay {near.gap:.1f} dB below on "
+        f"{near.channel}{more}."
     ]
     rough = [g for g in found if g.estimate is not None]
     if rough:
