@@ -27,7 +27,7 @@ from qleak.attacks.drive import lanes_at
 from qleak.channels import identity
 from qleak.client import View, gradient
 from qleak.models import lenet
-from qleak.types import Attack, Status, Tree
+from qleak.types import Attack, Model, Status, Tree
 
 INNER = 20
 RESULTS = Path(__file__).parent / "results" / "bench.jsonl"
@@ -54,9 +54,9 @@ class Score:
         }  # fmt: skip
 
 
-def victim(photo: int) -> tuple[View, torch.Tensor]:
-    """The attacker's view (one lane) of one exact gradient, and the picture it came from."""
-    images, model, client, channel = data.load("photos"), lenet(), gradient(), identity()
+def victim(photo: int, model: Model | None = None, name: str = "photos") -> tuple[View, torch.Tensor]:
+    """The attacker's view (one lane) of one exact gradient, the colour LeNet's by default, and the picture it came from."""
+    images, model, client, channel = data.load(name), model or lenet(), gradient(), identity()
     params, buffers = model.init(random.generator(0, "params"))
     x, y = images.x[photo : photo + 1], images.y[photo : photo + 1]
     update = client.update(model, params, buffers, x, y)

@@ -26,9 +26,8 @@ import bench
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from qleak import client, data, machine, models, pool, random, tree
+from qleak import client, machine, models, pool, random
 from qleak.attacks import objectives, routes, structured
-from qleak.channels import identity
 from qleak.client import View
 from qleak.types import Model
 
@@ -45,13 +44,7 @@ Run = Callable[[], Any]
 def view(net: str, lanes: int) -> View:
     """`lanes` times the attacker's view of one image's exact gradient."""
     make, images = NETS[net]
-    model, shown = make(), data.load(images)
-    params, buffers = model.init(random.generator(0, "params"))
-    channel, c = identity(), client.gradient()
-    update = c.update(model, params, buffers, shown.x[:1], shown.y[:1])
-    sent = channel.send(channel.knobs(), update, ((),), channel.init(params), params)[0][-1]
-    many = tree.nested_map(lambda v: v[None].repeat(lanes, *[1] * v.ndim), sent)
-    return View(model, params, buffers, channel, c, many)
+    return bench.victim(0, make(), images)[0].at(torch.zeros(lanes, dtype=torch.int64))
 
 
 def sequential(net: str) -> Run:

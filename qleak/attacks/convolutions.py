@@ -11,16 +11,13 @@ The transposed map has no scatter either. With y + padding = stride·m + r and i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from qleak.types import Layer
-
-_MADE = WeakTensorKeyDictionary()
 
 
 def patches(layer: Layer, h: Tensor, lanes: int) -> Tensor:
@@ -28,19 +25,6 @@ def patches(layer: Layer, h: Tensor, lanes: int) -> Tensor:
     o = layer.options
     p = o["padding"]
     return _windows(F.pad(h.permute(0, 2, 3, 1), (0, 0, p, p, p, p)), o["kernel"], o["stride"], lanes)
-
-
-def shared(make: Callable[..., Tensor], weight: Tensor, *args: Layer) -> Tensor:
-    """`make(*args, weight)`, remembered as long as the shared weight lives: every closure of an attack asks for the same."""
-    if weight.requires_grad or type(weight) is not Tensor:
-        return make(*args, weight)
-    held = _MADE.get(weight)
-    if held is None:
-        _MADE[weight] = held = {}
-    key = (make.__name__, weight._version)
-    if key not in held:
-        held[key] = make(*args, weight)
-    return held[key]
 
 
 def columns(weight: Tensor) -> Tensor:

@@ -51,13 +51,8 @@ def up(layer: Layer, params: Params, buffers: Buffers, h: Tensor, lanes: int) ->
         case "conv":
             seen = convolutions.patches(layer, h, lanes)
             sides = shape(layer, tuple(h.shape))[2:]
-            out = convolutions.forward(
-                convolutions.shared(convolutions.columns, params[f"{layer.name}.weight"]),
-                params[f"{layer.name}.bias"],
-                seen,
-                sides,
-            )
-            return Seen(h, out, seen)
+            kernels = convolutions.columns(params[f"{layer.name}.weight"])
+            return Seen(h, convolutions.forward(kernels, params[f"{layer.name}.bias"], seen, sides), seen)
         case "activation":
             function = layer.options["function"]
             out = apply_layer(layer, params, h)
@@ -79,7 +74,7 @@ def down(layer: Layer, params: Params, seen: Seen, gathered: Tensor) -> Tensor:
     """(∂f/∂h)ᵀ δ, from `gather`'s δ."""
     match layer.kind:
         case "conv":
-            kernels = convolutions.shared(convolutions.turned, params[f"{layer.name}.weight"], layer)
+            kernels = convolutions.turned(layer, params[f"{layer.name}.weight"])
             return convolutions.transposed(layer, kernels, gathered, seen.before.shape)
         case "linear":
             return gathered @ params[f"{layer.name}.weight"]
@@ -156,11 +151,7 @@ def pull(
         case "conv":
             shape = seen.before.shape
             own = convolutions.transposed(layer, convolutions.turned(layer, v[weight]), gathered, shape)
-            return own.add_(
-                convolutions.spread(
-                    layer, convolutions.shared(convolutions.turned, params[weight], layer), prime, shape
-                )
-            )
+            return own.add_(convolutions.spread(layer, convolutions.turned(layer, params[weight]), prime, shape))
         case "linear":
             rows = gathered.unflatten(0, (lanes, -1))
             own = v[weight].pull if isinstance(v[weight], Ghost) else torch.bmm(rows, v[weight])

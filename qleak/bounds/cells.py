@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import jacrev
 
 from qleak.bounds import jacobian as jacobians
-from qleak.bounds.information import _front, _sent
+from qleak.bounds.information import arriving, in_front
 from qleak.bounds.jacobian import Jacobian
 from qleak.bounds.prior import Prior
 from qleak.channels import Channel
@@ -59,15 +59,15 @@ def cells(channel: Channel, rows: Tree, like: Tree, message: Message | None) -> 
     if kinds.count("code") > 1 or "select" in kinds or channel.depth(-1):
         return none("more stands in front of the code than its cells can be read through")
     ahead = replace(channel, legs=(*channel.legs[:-1], Leg(last.join, last.stages[:-1])))
-    front, shrink = _front(ahead)
-    code, knobs, at = last.stages[-1], channel.knobs()[-1][-1], _sent(ahead, rows)
+    front, shrink = in_front(ahead)
+    code, knobs, at = last.stages[-1], channel.knobs()[-1][-1], arriving(ahead, rows)
     if code.cell is None:
         return none(f"{code.name} has no cells")
     lo, hi = code.cell(knobs, message.code, message.side[-1], at)
     clear = _clear(code, knobs, at)
     if clear is None:
         return none("more travels in clear than can be taken out")
-    return Cells(at, lo, hi, clear, functools.partial(_sent, ahead) if shrink else front)
+    return Cells(at, lo, hi, clear, functools.partial(arriving, ahead) if shrink else front)
 
 
 def _clear(code: Stage, knobs: dict, at: Tree) -> list[Tree] | None:

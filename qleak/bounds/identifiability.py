@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qleak import tree
 from qleak.bounds import jacobian as jacobians
 from qleak.bounds.jacobian import Jacobian
 from qleak.check import between, whole
@@ -52,7 +53,7 @@ def label_unknown(
     The update is a function of x and of soft labels t `[b class]`, Σt = 1. With K = ∂g/∂t along that plane, what g says
     of x alone is the Schur complement JᵀJ − JᵀK(KᵀK)⁺KᵀJ: never more than for labels that are known.
     """
-    params, buffers = {k: v.double() for k, v in params.items()}, {k: v.double() for k, v in buffers.items()}
+    params, buffers = tree.cast(params, torch.float64), tree.cast(buffers, torch.float64)
     x = x.double()
     jac = jacobians.jacobian(client, model, params, buffers, x, y, memory=memory)
     ones = dict.fromkeys(jac.value, torch.ones((), dtype=torch.float64))

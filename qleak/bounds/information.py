@@ -83,8 +83,8 @@ def information(
     if any(v.numel() and v.ndim != like[k].ndim for k, v in message.code.items() if channel.depth(-1)):
         return Information({}, "", why="the message carries several rows")
     values = tuple(s for s in last.stages if s.kind == "value")
-    front, shrink = _front(replace(channel, legs=(*channel.legs[:-1], Leg(last.join, values))))
-    at = _sent(replace(channel, legs=(*channel.legs[:-1], Leg(last.join, values))), rows) if channel.legs else rows
+    front, shrink = in_front(replace(channel, legs=(*channel.legs[:-1], Leg(last.join, values))))
+    at = arriving(replace(channel, legs=(*channel.legs[:-1], Leg(last.join, values))), rows) if channel.legs else rows
     return _code(channel, last, at, message, exact)._replace(front=front, shrink=shrink)
 
 
@@ -93,7 +93,7 @@ def _noise(channel: Channel, noisy: Stage) -> Information:
     at = next(i for i, leg in enumerate(channel.legs) if noisy in leg.stages)
     stages = channel.legs[at].stages
     here = stages.index(noisy)
-    front, shrink = _front(replace(channel, legs=(*channel.legs[:at], Leg(channel.legs[at].join, stages[:here]))))
+    front, shrink = in_front(replace(channel, legs=(*channel.legs[:at], Leg(channel.legs[at].join, stages[:here]))))
     if front is None and shrink is None and any(s.kind == "code" for leg in channel.legs[:at] for s in leg.stages):
         return Information({}, "", why="codes stand in front of the noise")
     size = noisy.knobs["size"] ** 2
@@ -106,17 +106,17 @@ def _noise(channel: Channel, noisy: Stage) -> Information:
     return Information({ALL: weight}, "exact", front, shrink, assumes=words)
 
 
-def _front(channel: Channel) -> tuple[Callable[[Tree], Tree] | None, Stage | None]:
+def in_front(channel: Channel) -> tuple[Callable[[Tree], Tree] | None, Stage | None]:
     """(function, shrinking stage) of the stages in front of the noise; (None, None) where there are none."""
     stages = channel.stages
     if not stages:
         return None, None
     if len(stages) == 1 and stages[0].shrink is not None:
         return None, stages[0]
-    return functools.partial(_sent, channel), None
+    return functools.partial(arriving, channel), None
 
 
-def _sent(channel: Channel, rows: Tree) -> Tree:
+def arriving(channel: Channel, rows: Tree) -> Tree:
     """Rows through stages that draw nothing, in the space where the last of them works."""
     like = {k: v[(0,) * channel.joins] if channel.joins else v for k, v in rows.items()}
     x, knobs = rows, channel.knobs(dtype=next(iter(rows.values())).dtype)

@@ -64,11 +64,12 @@ def print_doctor() -> None:
 
     from qleak import data, machine
     from qleak.cli import recipes
+    from qleak.engine import memory
 
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, show_header=False)
     found = [*machine.versions().items(), ("cpu", f"{machine.cpu_name()}, {machine.cpus()} cores for this process")]
-    found += [("memory", f"{machine.memory() / 2**30:.1f} GiB free")]
+    found += [("memory", f"{memory.available() / 2**30:.1f} GiB free")]
     found += [
         ("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU")
     ]

@@ -120,7 +120,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     for i in range(len(plan.channels)):
         prepared.messages[i] = tree.unflatten(store.load(f"messages-{i}"), prepared.messages[i])
     chunks = plan.chunks()
-    chunks, refused = _applicable(plan, prepared, chunks)
+    chunks, refused = applicable(plan, prepared, chunks)
     store.update(refused=refused)
     done: dict[str, Done] = {
         c.key: jobs.done(c.key, store.load(f"chunk-{c.key}")) for c in chunks if store.has(f"chunk-{c.key}")
@@ -187,7 +187,7 @@ def _results(plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str,
         torch.set_num_threads(threads)
 
 
-def _applicable(plan: Audit, prepared: Prepared, chunks: list[Chunk]) -> tuple[list[Chunk], list[dict[str, str]]]:
+def applicable(plan: Audit, prepared: Prepared, chunks: list[Chunk]) -> tuple[list[Chunk], list[dict[str, str]]]:
     """The chunks that can run, and a reason for every channel × attack that cannot."""
     refused: dict[tuple[int, int], str] = {}
     for chunk in chunks:
@@ -237,7 +237,7 @@ def choices(plan: Audit) -> list[str]:
 def estimate(plan: Audit, device: str = "cpu", steps: int = 3) -> dict[str, float]:
     """CPU seconds (an upper bound: every lane to its last step) and bytes of the largest chunk, from `steps` timed steps."""
     prepared = prepare(plan)
-    chunks, _ = _applicable(plan, prepared, plan.chunks())
+    chunks, _ = applicable(plan, prepared, plan.chunks())
     seconds, size = 0.0, 0.0
     timed: dict[tuple[int, int, bool], float] = {}
     for chunk in chunks:

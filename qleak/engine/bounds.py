@@ -14,7 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from qleak import bounds, data, random, tree
+from qleak import bounds, data, tree
+from qleak.attacks import routes
 from qleak.bounds import Bound, Prior, Setting
 from qleak.bounds.cells import deterministic
 from qleak.bounds.chord import MOST as MOST_SWEEPS
@@ -46,7 +47,7 @@ def seconds(plan: Audit) -> float:
     """
     pixels = math.prod(plan.model.shape)
     share = pixels / 3072
-    weights = tree.count(plan.model.init(random.generator(0, "weights"))[0])
+    weights = routes.weights(plan.model)
     width, walks = weights / 85_000, sum(deterministic(c) for c in plan.channels) if weights <= MOST_ROWS else 0
     walk = 30 * share**3 + 25 * min(MOST_SWEEPS * pixels * weights / WORK, 1.0)
     each = walks * walk + 5 * share * width + 7 * len(plan.channels) * (share**3 + 0.1 * share**2 * width)

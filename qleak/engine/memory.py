@@ -78,7 +78,7 @@ def fit(plan: Audit, device: str = "cpu") -> list[Fit]:
     lane counted as three times its state.
     """
     prepared = audit.prepare(plan)
-    chunks, _ = audit._applicable(plan, prepared, plan.chunks())
+    chunks, _ = audit.applicable(plan, prepared, plan.chunks())
     largest: dict[int, Chunk] = {}
     for chunk in sorted(chunks, key=lambda c: (len(c.lanes), c.evidence)):
         largest[chunk.attack] = chunk
