@@ -3,16 +3,24 @@
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 
-from qleak import data
+import qleak
+from qleak import data, engine, random
 from qleak.bounds import chord, natural
 from qleak.catalog import build
+from qleak.cli import live
+from qleak.cli.bounded import bounded
+from qleak.client import gradient
 from qleak.engine import bounds as beside
 from qleak.engine.audit import prepare, run
-from qleak.plans import Audit
+from qleak.plans import Audit, Study
 from qleak.report import bounds as shown
 from qleak.report import html, terminal
 from qleak.report.stored import load
@@ -125,8 +133,58 @@ def test_a_gaussian_estimate_is_no_bound():
 def test_the_prior_is_of_other_images_of_the_set_or_of_public_ones(folder, monkeypatch):
     _, plan, _ = folder
     victims = prepare(plan).secret.x
-    assert "spectrum" in beside.prior_for(plan, victims).name  # a small set of a shape that no public one has
+    name = beside.prior_for(plan.model.shape, victims, plan.data).name
+    assert "spectrum" in name  # a small set of a shape that no public one has
     total = len(data.load(plan.data).x)
     monkeypatch.setattr(beside, "ENOUGH", total)
-    name = beside.prior_for(plan, victims).name
+    name = beside.prior_for(plan.model.shape, victims, plan.data).name
     assert name.endswith(f"of {plan.data}") and int(name.split()[4].replace(",", "")) <= total - len(victims)
+
+
+def test_an_interrupted_computation_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    """Killed after some rows, the same call makes only the others; with another prior it makes all of them."""
+    place, plan, rows = folder
+    shutil.copytree(place, tmp_path / "run")
+    kept = (place / "bounds.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "run" / "bounds.jsonl").write_text("".join(kept[:-3]))
+    made = []
+    whole = beside.rows
+    monkeypatch.setattr(beside, "rows", lambda *a: (made.append(r) or r for r in whole(*a)))
+    monkeypatch.setattr(chord, "MOST", 2)
+    with open_run(tmp_path / "run", read_run(place)) as store:
+        assert list(beside.run(plan, store, natural((1, 25, 25)))) == rows
+        assert [r["key"] for r, _ in made] == [r["key"] for r in rows[-3:]]
+        assert store.load("bounds").keys() == {r["key"] for r in rows if r["bound"] == "local" and not r["why"]}
+        made.clear()
+        other = natural((1, 25, 25))._replace(name="another")
+        assert {r["prior"] for r in beside.run(plan, store, other, ("rate",))} == {"another"}
+        assert len(made) == len(plan.channels) * len(plan.victims)
+
+
+def test_a_captured_update_with_its_truth_has_bounds(tmp_path):
+    """Beside the audit of a noisy update whose image is known: the bound, above the attack; none without the truth."""
+    net = build("models", "lenet(channels=1, size=12, classes=5, width=4)")
+    params, buffers = net.init(random.generator(0))
+    x, y = natural((1, 12, 12)).draw(random.generator(1), 1).float().clamp(0, 1), torch.tensor([3])
+    update = gradient().update(net, params, buffers, x, y)
+    sent = {k: v + 0.01 * random.normal(random.generator(2, k), v.shape) for k, v in update.items()}
+    asked: Any = {"channel": "gaussian(0.01, unbounded=True)", "budget": 1.0, "attacks": "cells"}
+    known = qleak.audit(sent, net, params, truth=(x, y), folder=tmp_path / "a", **asked)
+    header = read_run(tmp_path / "a")
+    (gap,) = shown.gaps(header)
+    assert gap.kind == "local" and gap.bound > gap.psnr == shown.reached(header, gap.channel)[0][1]
+    assert any("Bounds (linearised" in line for line in known.document["rests_on"])
+    blind = qleak.audit(sent, net, params, folder=tmp_path / "b", **asked)
+    assert not any("Bounds" in line for line in blind.document["rests_on"])
+    assert "bounds" not in read_run(tmp_path / "b")
+
+
+def test_a_study_of_audits_gets_bounds_part_by_part(folder, tmp_path):
+    _, plan, _ = folder
+    plan = replace(plan, channels=plan.channels[:1])
+    study = Study(names=("one",), parts=(plan,))
+    with open_run(tmp_path / "s", study.header()) as run:
+        for _ in engine.run(study, run):
+            pass
+        bounded(study, run, "yes", live.quiet())
+    assert read_run(tmp_path / "s" / "one")["bounds"]["summary"]

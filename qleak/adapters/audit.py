@@ -17,9 +17,11 @@ from qleak import engine, machine, store
 from qleak.adapters import captured
 from qleak.adapters.given import Request, request_id
 from qleak.catalog import short
-from qleak.check import Expected
+from qleak.check import Expected, one_of
+from qleak.engine import bounds as beside
 from qleak.engine import captured as work
 from qleak.plans import from_json
+from qleak.plans.audit import BOUNDS
 from qleak.report import captured as said
 from qleak.report import html
 from qleak.report.captured_document import document as documented
@@ -90,6 +92,7 @@ def audit(
     success: float = 20.0,
     seed: int = 0,
     workers: int = 1,
+    bounds: str = "auto",
     folder: str | Path | None = None,
 ) -> Report:
     """Attacks one captured update within a budget of CPU seconds, with controls, and says what the result rests on.
@@ -114,11 +117,13 @@ def audit(
         success: dB from which two pictures count as the same.
         seed: root of every draw.
         workers: processes; a module that lives in this process only needs 1.
+        bounds: with the truth, what no attacker can beat: "yes", "no" or "auto", where it takes seconds.
         folder: the run folder; a temporary one when not given.
 
     Raises:
         Expected: anything that does not fit, in one line.
     """
+    one_of(BOUNDS, bounds=bounds)
     ask = Request(
         update, model, params, shape, classes, mode, normalise, client, scale, batch, channel, tuple(labels), truth, attacks,
         restarts, budget, success, seed,
@@ -128,6 +133,9 @@ def audit(
     with opened(ask, target, {}, workers=workers) as (plan, run):
         for _ in engine.run(plan, run, "cpu", workers):
             pass
+        if beside.due(plan, run, bounds)[0]:
+            for _ in beside.beside(plan, run):
+                pass
     html.write(target, target / "report.html")
     found = report(target)
     if made:

@@ -35,6 +35,7 @@ def audit(
     budget: Annotated[str, typer.Option(help="CPU time of all attacks together, such as 60s or 5m.")] = "60s",
     success: Annotated[float, typer.Option(help="dB from which two pictures count as the same.")] = 20.0,
     seed: Annotated[int, typer.Option(help="Root of every random draw.")] = 0,
+    bounds: Annotated[str, typer.Option(help="With --truth, what no attacker can beat: yes, no, auto (where it takes seconds).")] = "auto",
     out: Annotated[Path, typer.Option(help="Where run folders go.")] = Path("runs"),
     name: Annotated[str, typer.Option(help="The run folder's name in place of audit-ID.")] = "",
     workers: Annotated[int, typer.Option(help="Processes; 0: one per core.")] = 0,
@@ -57,9 +58,13 @@ def audit(
     from qleak import engine, machine
     from qleak.adapters import audit as adapter
     from qleak.adapters.given import Request, request_id
+    from qleak.check import one_of
     from qleak.cli import live
+    from qleak.cli.bounded import bounded
+    from qleak.plans.audit import BOUNDS
     from qleak.report import html, terminal
 
+    one_of(BOUNDS, bounds=bounds)
     if not update.exists():
         raise Expected(f"Expected an update at {update}, found none.")
     ask = Request(
@@ -81,6 +86,7 @@ def audit(
             with say.progress(plan) as bar:
                 for event in engine.run(plan, run, "cpu", count) if run.header.get("status") != "done" else ():
                     bar(event)
+            bounded(plan, run, bounds, say)
         page = html.write(folder, folder / "report.html")
         report = adapter.report(folder)
     except KeyboardInterrupt:

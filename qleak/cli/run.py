@@ -19,6 +19,7 @@ import typer
 
 from qleak.check import one_of
 from qleak.cli import live, recipes
+from qleak.cli.bounded import bounded
 from qleak.errors import Expected, Failed, did_you_mean
 from qleak.plans import KINDS, Plan
 from qleak.plans.audit import BOUNDS
@@ -205,7 +206,7 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
             with say.progress(plan) as bar:
                 for event in engine.run(plan, run, device, workers):
                     bar(event)
-            _bounded(plan, run, common.bounds, say)
+            bounded(plan, run, common.bounds, say)
         except KeyboardInterrupt:
             run.update(status="interrupted")
             print(f"qleak: interrupted; {len(run.done())} rows are safe. The same command goes on.", file=sys.stderr)
@@ -226,22 +227,6 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
         print(f"qleak: interrupted; the run is done, `qleak report {folder}` shows it.", file=sys.stderr)
         raise typer.Exit(130) from None
     _gate(store.read_run(folder), common.fail_above)
-
-
-def _bounded(plan: Any, run: Any, asked: str, say: live.Console) -> None:
-    """The bounds of an audit, once; by "auto" where they take seconds, else the line that says how to get them."""
-    if plan.kind != "audit" or run.header.get("bounds"):
-        return
-    from qleak.engine import bounds
-
-    wanted, seconds = asked or plan.bounds, bounds.seconds(plan)
-    if wanted == "no" or (wanted == "auto" and seconds > bounds.SHORT):
-        if wanted == "auto":
-            say.note(f"Bounds left out: they take about {seconds:.0f} s. The same command with --bounds yes adds them.")
-        return
-    with say.counting("bounds", len(plan.victims) * len(plan.channels) * len(bounds.KINDS)) as count:
-        for _ in bounds.run(plan, run):
-            count()
 
 
 def _join(folder: Path) -> None:

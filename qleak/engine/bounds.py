@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -24,8 +24,9 @@ from qleak.bounds.jacobian import Jacobian, jacobian
 from qleak.bounds.of import MOST, MOST_ROWS
 from qleak.check import Expected
 from qleak.engine.audit import Prepared, prepare
+from qleak.engine.captured import held
 from qleak.errors import Failed
-from qleak.plans import Audit
+from qleak.plans import Audit, Captured, label
 from qleak.store import Run
 
 KINDS = ("cramer-rao", "local", "chord", "rate", "dp-unbiased", "dp-reconstruction")
@@ -40,8 +41,8 @@ SHORT = 20.0
 """Seconds up to which the bounds of a run are computed unasked."""
 
 
-def seconds(plan: Audit) -> float:
-    """About how long `run` takes on one core: a colour LeNet's 5 s a Jacobian, 7 s a bound, 18 s a prior, 55 s a walk.
+def seconds(plan: Audit | Captured) -> float:
+    """About how long the bounds take on one core: a colour LeNet's 5 s a Jacobian, 7 s a bound, 18 s a prior, 55 s a walk.
 
     A Jacobian grows with pixels × weights, a bound and a prior with the third power of the pixels, a walk with both.
     """
@@ -51,18 +52,40 @@ def seconds(plan: Audit) -> float:
     width, walks = weights / 85_000, sum(deterministic(c) for c in plan.channels) if weights <= MOST_ROWS else 0
     walk = 30 * share**3 + 25 * min(MOST_SWEEPS * pixels * weights / WORK, 1.0)
     each = walks * walk + 5 * share * width + 7 * len(plan.channels) * (share**3 + 0.1 * share**2 * width)
-    return 18 * share**3 + plan.client.batch * len(plan.victims) * each
+    victims = len(plan.victims) if isinstance(plan, Audit) else 1
+    return 18 * share**3 + plan.client.batch * victims * each
 
 
-def prior_for(plan: Audit, victims: Tensor) -> Prior:
-    """The Gaussian of other images of the plan's data set, or of public ones, without any copy of a victim `[… c h w]`.
+def due(plan: Any, store: Run, asked: str = "") -> tuple[bool, str]:
+    """Whether a run that is done is to get bounds now, and what to tell where "auto" leaves them out.
+
+    Args:
+        plan: an audit, or one of a captured update, which has bounds where its images are known.
+        store: its run.
+        asked: yes, no or auto; "": as the plan says.
+    """
+    asked = asked or getattr(plan, "bounds", "auto")
+    known = isinstance(plan, Audit) or (isinstance(plan, Captured) and held(plan, store).truth is not None)
+    if asked == "no" or not known or store.header.get("bounds"):
+        return False, ""
+    if asked == "auto" and (needed := seconds(plan)) > SHORT:
+        return False, f"Bounds left out: they take about {needed:.0f} s. The same command with --bounds yes adds them."
+    return True, ""
+
+
+def beside(plan: Any, store: Run) -> Iterator[dict[str, Any]]:
+    """The rows of the bounds of either kind of audit, as `run` and `captured` make them."""
+    return run(plan, store) if isinstance(plan, Audit) else captured(plan, store)
+
+
+def prior_for(shape: tuple[int, int, int], victims: Tensor, own: str = "") -> Prior:
+    """The Gaussian of other images of the data set `own`, or of public ones, without any copy of a victim `[… c h w]`.
 
     The better the prior, the better the attacker that the bound allows for. Without such images here, natural images'
     spectrum.
     """
-    shape = plan.model.shape
-    if len(data.load(plan.data).x) >= ENOUGH:
-        return bounds.public(plan.data, shape, victims.flatten(0, -4))
+    if own and len(data.load(own).x) >= ENOUGH:
+        return bounds.public(own, shape, victims.flatten(0, -4))
     for name in PRIORS.get(shape, ()):
         try:
             data.load(name)
@@ -73,20 +96,22 @@ def prior_for(plan: Audit, victims: Tensor) -> Prior:
 
 
 def rows(
-    plan: Audit, prepared: Prepared, prior: Prior, kinds: Sequence[str] = KINDS, memory: float = 1e9
-) -> Iterator[tuple[dict[str, Any], Tensor | None]]:
-    """A row for every victim, channel and kind of bound, with its map `[b c h w]`, as soon as it is known.
+    plan: Audit, prepared: Prepared, prior: Prior, kinds: Sequence[str] = KINDS, memory: float = 1e9,
+    known: Container[str] = (),
+) -> Iterator[tuple[dict[str, Any], Tensor | None]]:  # fmt: skip
+    """A row for every victim, channel and kind of bound whose key is not `known`, with its map `[b c h w]`.
 
     A victim's Jacobian is made once for all channels.
     """
     setting = Setting(plan.client, plan.model, prepared.params, prepared.buffers)
     for v, victim in enumerate(plan.victims):
         x, y = prepared.secret.x[v], prepared.secret.y[v]
-        jac = _shared(setting, plan, x, y, memory)
-        for c, channel in enumerate(plan.channels):
+        left = {c: [k for k in kinds if f"{c}-{k}-{victim}" not in known] for c in range(len(plan.channels))}
+        jac = _shared(setting, plan, x, y, memory) if any(left.values()) else None
+        for c, some in left.items():
             message = prepared.messages[c][v]
-            for bound in bounds.bound_of(setting, channel, x, y, prior, message, kinds, jac, memory):
-                yield _row(plan, c, victim, bound), bound.map
+            for bound in bounds.bound_of(setting, plan.channels[c], x, y, prior, message, some, jac, memory):
+                yield _row(plan.labels()[c], f"{c}-{bound.kind}-{victim}", victim, bound), bound.map
 
 
 def _shared(setting: Setting, plan: Audit, x: Tensor, y: Tensor, memory: float) -> Jacobian | None:
@@ -98,10 +123,10 @@ def _shared(setting: Setting, plan: Audit, x: Tensor, y: Tensor, memory: float) 
         return None
 
 
-def _row(plan: Audit, channel: int, victim: int, bound: Bound) -> dict[str, Any]:
+def _row(channel: str, key: str, victim: int, bound: Bound) -> dict[str, Any]:
     number = lambda v: v if math.isfinite(v) else None  # noqa: E731
     return {
-        "key": f"{channel}-{bound.kind}-{victim}", "channel": plan.labels()[channel], "image": victim,
+        "key": key, "channel": channel, "image": victim,
         "bound": bound.kind, "psnr": number(bound.psnr), "mse": number(bound.mse), "mc_error": bound.mc_error,
         "rigorous": bound.rigorous, "estimate": bound.estimate, "assumptions": bound.assumptions, "why": bound.why,
     }  # fmt: skip
@@ -127,22 +152,50 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """The bounds of an audit that was run, written beside it: `bounds.jsonl`, maps of the local bound, header `bounds`.
 
-    The messages are those the run stored. Written once all of them are known.
+    The messages are those the run stored.
     """
     prepared = prepare(plan)
     for i in range(len(plan.channels)):
         if store.has(f"messages-{i}"):
             prepared.messages[i] = _stored(store, i, prepared)
-    prior = prior or prior_for(plan, prepared.secret.x)
-    found, maps = [], {}
-    for row, map in rows(plan, prepared, prior, kinds, memory):
-        found.append(row)
+    prior = prior or prior_for(plan.model.shape, prepared.secret.x, plan.data)
+    found = _held(store, prior)
+    yield from _kept(store, prior, found, rows(plan, prepared, prior, kinds, memory, {r["key"] for r in found}))
+
+
+def captured(
+    plan: Captured, store: Run, prior: Prior | None = None, kinds: Sequence[str] = KINDS, memory: float = 1e9
+) -> Iterator[dict[str, Any]]:
+    """The bounds of a captured update whose images are known, written beside its audit as `run` does; none without them."""
+    given = held(plan, store)
+    if given.truth is None:
+        return
+    x, y = given.truth
+    prior = prior or prior_for(plan.model.shape, x)
+    setting, channel = Setting(plan.client, plan.model, given.params, given.buffers), plan.channels[0]
+    made = bounds.bound_of(setting, channel, x, y, prior, given.messages[0], kinds, memory=memory)
+    name = label(channel.spec)
+    yield from _kept(store, prior, [], ((_row(name, b.kind, 0, b), b.map) for b in made))
+
+
+def _held(store: Run, prior: Prior) -> list[dict[str, Any]]:
+    """The rows that an interrupted computation with this very prior has left."""
+    text = (store.folder / "bounds.jsonl").read_text(encoding="utf-8") if store.holds("bounds.jsonl") else ""
+    return [row for row in map(json.loads, text.splitlines()) if row["prior"] == prior.name]
+
+
+def _kept(
+    store: Run, prior: Prior, found: list[dict[str, Any]], made: Iterable[tuple[dict[str, Any], Tensor | None]]
+) -> Iterator[dict[str, Any]]:
+    """Hands on every row, `found` first, and writes it at once: a row may take minutes."""
+    maps = store.load("bounds") if found and store.has("bounds") else {}
+    yield from found
+    for row, map in made:
         if map is not None and row["bound"] == "local":
-            maps[row["key"]] = map.float()
-        yield row
-    store.file("bounds.jsonl", "".join(json.dumps(r) + "\n" for r in found).encode())
-    if maps:
-        store.save("bounds", maps)
+            store.save("bounds", maps := maps | {row["key"]: map.float()})
+        found = [*found, row | {"prior": prior.name}]
+        store.file("bounds.jsonl", "".join(json.dumps(r) + "\n" for r in found).encode())
+        yield found[-1]
     store.update(bounds={"prior": prior.name, "summary": summarise(found)})
 
 

@@ -6,9 +6,11 @@ cells ("chord"), and the Gaussian line stands beside it as an estimate.
 
 from __future__ import annotations
 
+from math import log10
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from qleak.report.figures import COLOURS, svg, tidy
+from qleak.report.drawn import COLOURS, svg, tidy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -50,18 +52,23 @@ def gaps(header: dict[str, Any]) -> list[Gap]:
             found.setdefault(s["channel"], {})[s["bound"]] = s
     out = []
     for channel, kinds in found.items():
-        mine = [a for a in header.get("summary") or [] if (a["channel"], a["control"]) == (channel, "none")]
+        mine = reached(header, channel)
         line = kinds.get("local")
         rough = bool(line and line.get("estimate"))
         bound = kinds.get("chord") or (None if rough else line)
         if bound and mine:
-            best = max(mine, key=lambda a: a["psnr_selected"])
-            psnr = best["psnr_selected"]
+            attack, psnr = max(mine, key=lambda a: a[1])
             more = (bound["bound"], line["psnr"] if line and rough else None)
-            out.append(
-                Gap(channel, best["attack"], psnr, bound["psnr"], bound["rigorous"], bound["psnr"] - psnr, *more)
-            )
+            out.append(Gap(channel, attack, psnr, bound["psnr"], bound["rigorous"], bound["psnr"] - psnr, *more))
     return out
+
+
+def reached(header: dict[str, Any], channel: str) -> list[tuple[str, float]]:
+    """(attack, its PSNR) through a channel; of a captured batch the PSNR of its mean squared error, as bounds count it."""
+    found = header.get("summary") or []
+    if header.get("kind") == "captured":
+        return [(s["attack"], -10 * log10(fmean(10 ** (-v / 10) for v in s["psnr"]))) for s in found if s["psnr"]]
+    return [(a["attack"], a["psnr_selected"]) for a in found if (a["channel"], a["control"]) == (channel, "none")]
 
 
 def table(header: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -109,7 +116,7 @@ def figure(header: dict[str, Any]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         at = range(len(found), 0, -1)
-        axes.hlines(at, [g.psnr for g in found], [g.bound for g in found], color="0.8", linewidth=6)
+        axes.hlines(at, [g.psnr for g in found], [g.bound for g in found], color="0.8", linewidth=6, label="_from best attack to bound")
         axes.plot([g.psnr for g in found], at, "o", color=COLOURS[0], label="best attack")
         axes.plot([g.bound for g in found], at, "|", color=COLOURS[1], markersize=12, label="bound")
         rough = [(g.estimate, y) for g, y in zip(found, at, strict=True) if g.estimate is not None]

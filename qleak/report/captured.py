@@ -16,7 +16,7 @@ from qleak import store
 from qleak.errors import Expected
 from qleak.metrics import picture
 from qleak.plans import label
-from qleak.report import words
+from qleak.report import bounds, words
 from qleak.store import Row
 
 HEADS = ("attack", "lane", "residual", "explains", "agrees\ndB", "PSNR\ndB", "closures")
@@ -154,7 +154,7 @@ def rests_on(header: dict[str, Any]) -> list[str]:
         lines.append(
             f"The budget of {plan['budget']:g} CPU seconds cut {len(s['cut'])} lanes short: a larger --budget may find more."
         )
-    return lines
+    return lines + bounds.lines(header)
 
 
 def known(header: dict[str, Any]) -> list[tuple[str, str]]:
