@@ -74,7 +74,7 @@ def pulled(error: dict[str, Any], weight: Tree) -> tuple[Tensor, dict[str, Any]]
             squares.append(square if w is None else square * w.flatten())
         elif w is None:
             pull[k] = e
-            squares.append(torch.linalg.vector_norm(e.flatten(1), dim=1).square())
+            squares.append(torch.linalg.vector_norm(e, dim=tuple(range(1, e.ndim))).square())
         else:
             pull[k] = e * w
             squares.append((e * pull[k]).flatten(1).sum(1))

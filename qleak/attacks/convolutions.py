@@ -28,8 +28,8 @@ def patches(layer: Layer, h: Tensor, lanes: int) -> Tensor:
 
 
 def columns(weight: Tensor) -> Tensor:
-    """Kernels `[(lane) out in k k]` as `forward` multiplies by them, `[(lane) k·k·in out]`."""
-    return weight.movedim((-4, -3), (-1, -2)).flatten(-4, -2)
+    """Kernels `[(lane) out in k k]` as `forward` multiplies by them, `[(lane) k·k·in out]`; no copy of what `weigh` laid out."""
+    return weight.movedim(-3, -1).flatten(-3).mT
 
 
 def forward(kernels: Tensor, bias: Tensor | None, seen: Tensor, sides: Sequence[int]) -> Tensor:
@@ -52,7 +52,7 @@ def weigh(layer: Layer, seen: Tensor, delta: Tensor, less: Tensor | None, scale:
     else:
         found = torch.baddbmm(less.permute(0, 1, 3, 4, 2).flatten(2), rows.mT, seen, beta=-1, alpha=scale)
     found = found.unflatten(2, (o["kernel"], o["kernel"], o["in"])).permute(0, 1, 4, 2, 3)
-    return found, rows.sum(1) * scale
+    return found, rows.sum(1) if scale == 1 else rows.sum(1) * scale
 
 
 def errors(layer: Layer, delta: Tensor, before: torch.Size, lanes: int) -> Tensor:

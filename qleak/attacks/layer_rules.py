@@ -101,7 +101,7 @@ def weigh(
             found = found if (off := _tensor(less, weight)) is None else found - off
         case _:
             h, rows = seen.before.unflatten(0, (lanes, -1)), delta.unflatten(0, (lanes, -1))
-            total = rows.sum(1) * scale
+            total = rows.sum(1) if scale == 1 else rows.sum(1) * scale
             off = less.get(weight) if less else None
             if isinstance(off, Split):
                 found = ghost.difference(off, rows, h, scale)

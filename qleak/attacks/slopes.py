@@ -14,7 +14,7 @@ def slope(function: str, z: Tensor, a: Tensor) -> Tensor:
     """act′(z), given z and a = act(z); differentiable."""
     match function:
         case "sigmoid":
-            return a * (1 - a)
+            return torch.addcmul(a, a, a, value=-1)
         case "tanh":
             return 1 - a.square()
         case "relu":
@@ -36,11 +36,11 @@ def curvature(function: str, z: Tensor, a: Tensor, slope: Tensor) -> Tensor | No
     """act″(z), given act′(z) too; None where it is zero (almost) everywhere."""
     match function:
         case "sigmoid":
-            return slope * (1 - 2 * a)
+            return torch.addcmul(slope, slope, a, value=-2)
         case "tanh":
             return -2 * a * slope
         case "softplus":
-            return slope * (1 - slope)
+            return torch.addcmul(slope, slope, slope, value=-1)
         case "silu":
             s = torch.sigmoid(z)
             return s * (1 - s) * (2 + z * (1 - 2 * s))
