@@ -166,8 +166,9 @@ def _build(room: str, node: ast.expr, text: str) -> Any:
     try:
         inspect.signature(known[name]).bind(*args, **kwargs)
     except TypeError as error:
-        options = ", ".join(inspect.signature(known[name]).parameters)
-        raise Expected(f"Expected {name}({options}): {error}.") from None
+        options = inspect.signature(known[name]).parameters
+        close = "".join(did_you_mean(k, options) for k in kwargs if k not in options)
+        raise Expected(f"Expected {name}({', '.join(options)}): {error}.{close}") from None
     return known[name](*args, **kwargs)
 
 

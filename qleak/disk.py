@@ -19,8 +19,7 @@ _HELD: set[Path] = set()
 
 
 def read(path: Path) -> bytes | None:
-    """The file's content, None if there is no such file. No other trouble may look like absence: what is absent is
-    made anew."""
+    """The file's content, None if there is no such file; no other trouble looks like that: what is absent is made anew."""
     with disk(path):
         try:
             return path.read_bytes()
@@ -38,7 +37,7 @@ def replace(path: Path, data: bytes) -> None:
                 write(file, data)
             finally:
                 os.close(file)
-            os.replace(part, path)
+            part.replace(path)
         except OSError:
             with suppress(OSError):
                 part.unlink()  # half a file would keep a full disk full

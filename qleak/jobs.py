@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qleak import random, tree
+from qleak import looks, random, tree
 from qleak.attacks.drive import Progress, drive
 from qleak.client import View
 from qleak.plans import Audit, Chunk, from_json
@@ -23,7 +23,8 @@ from qleak.types import Buffers, Guess, Message, Params, Tree
 class Job(NamedTuple):
     """A chunk and its inputs; `plan` is JSON so that a job crosses process borders.
 
-    `labels [lane b]` and `statistics [lane …]` are there only where the plan's `grants` say so.
+    `labels [lane b]` and `statistics [lane …]` are there only where the plan's `grants` say so. `looks` is what is
+    looked at on the way; no result depends on it.
     """
 
     plan: dict[str, Any]
@@ -34,6 +35,7 @@ class Job(NamedTuple):
     device: str
     labels: Tensor | None = None
     statistics: Tree | None = None
+    looks: looks.Looks = looks.Looks()
 
     @property
     def key(self) -> str:
@@ -46,7 +48,8 @@ class Done(NamedTuple):
 
     `path_psnr [lane point b]`, filled in by the scores, rates the guesses that the attacker chose among. A plan
     with a limit of `seconds` keeps the images handed in on the way, `seen [lane point b c h w]`, and after how
-    many seconds, `seen_at [point]`; the scores put their PSNR `[lane point b]` in place of the images.
+    many seconds, `seen_at [point]`; the scores put their PSNR `[lane point b]` in place of the images. `film` is
+    stored in a file of its own, see `looks.Eye.film`.
     """
 
     key: str
@@ -59,6 +62,7 @@ class Done(NamedTuple):
     path_psnr: Tensor | None = None
     seen: Tensor | None = None
     seen_at: Tensor | None = None
+    film: Tree | None = None
 
 
 KEPT = ("path_psnr", "seen", "seen_at")
@@ -78,9 +82,8 @@ def tensors(done: Done) -> Tree:
 def done(key: str, t: Tree) -> Done:
     """The result of the chunk `key` from what `tensors` made of it."""
     guess = Guess(t["x"], t["labels"], t["loss"])
-    return Done(
-        key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]), *(t.get(k) for k in KEPT)
-    )
+    kept = (t.get("path_psnr"), t.get("seen"), t.get("seen_at"))
+    return Done(key, guess, t["status"], t["closures"], t["curve"], t["curve_at"], float(t["cpu_s"]), *kept)
 
 
 def view_of(job: Job, plan: Audit | None = None) -> View:
@@ -120,14 +123,20 @@ def events(job: Job) -> Iterator[Progress | Done]:
     view = view_of(job, plan)
     began = time.process_time()
     points: list[tuple[int, Tensor]] = []
+    step = 0
     attack, start = plan.attacks[job.chunk.attack], starts(plan, job.chunk, view)
-    watch = Watch(plan.seconds)
-    for event in drive(attack, view, start, 1 if plan.seconds else 25, watch.look, watch.over):
+    watch, eye = Watch(plan.seconds), looks.Eye(job.looks, job.chunk, attack.steps, plan.seconds)
+    look: Callable[[int], bool] = lambda step: watch.look(step) or eye.due(step)  # noqa: E731
+    for event in drive(attack, view, start, 1 if plan.seconds else 25, look, watch.over):
         if isinstance(event, Progress):
             watch.note(event)
-            if event.step % 25 == 0:
+            step = event.step
+            shown = None if event.x is None else eye.look(event.step, attack.closures(event.step), event.loss, event.x)
+            point = event.step > 0 and event.step % 25 == 0
+            if point:
                 points.append((event.step, event.loss))
-                yield event._replace(x=None)
+            if point or shown is not None:
+                yield event._replace(x=shown, lane=eye.lane(event.loss))
             continue
         guess, status, closures = event
         path = None if guess.path is None else guess.path.detach().cpu().float()
@@ -135,7 +144,11 @@ def events(job: Job) -> Iterator[Progress | Done]:
         curve = torch.stack([p[1] for p in points]) if points else torch.zeros(0, len(job.chunk.lanes))
         at = torch.tensor([p[0] for p in points], dtype=torch.int64)
         cpu_s = time.process_time() - began
-        yield Done(job.chunk.key, guess, status, closures, curve, at, cpu_s, None, *watch.found(guess))
+        if eye.watch:  # whoever watches sees what was handed in
+            lane = eye.lane(guess.loss)
+            yield Progress(step, guess.loss, status, looks.small(guess.x[lane]), lane)
+        film = eye.film(guess, closures)
+        yield Done(job.chunk.key, guess, status, closures, curve, at, cpu_s, None, *watch.found(guess), film)
 
 
 class Watch:
@@ -153,9 +166,9 @@ class Watch:
         """Seconds of CPU since the start."""
         return time.process_time() - self.began
 
-    def look(self) -> bool:
-        """Whether the next image is due."""
-        return self.spent() >= self.next
+    def look(self, step: int) -> bool:
+        """Whether the next image is due after so many steps."""
+        return step > 0 and self.spent() >= self.next
 
     def over(self) -> bool:
         """Whether the time is up."""
@@ -163,7 +176,7 @@ class Watch:
 
     def note(self, event: Progress) -> None:
         """Keeps the images of an event that has some."""
-        if event.x is None:
+        if event.x is None or not self.look(event.step):
             return
         spent = self.spent()
         self.kept.append((spent, event.x.detach().cpu().float()))

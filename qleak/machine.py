@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -45,7 +47,10 @@ def place(device: str, workers: int) -> tuple[str, int, list[str]]:
         kind = torch.device(device).type
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise Expected(f"Expected a device of this machine, --device {device}: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            why = "torch finds no CUDA GPU here; --device auto takes what there is."
+        raise Expected(f"Expected a device of this machine, --device {device}: {why}") from None
     if kind != "cpu" and workers > 1:
         raise Expected(f"Expected --workers {workers} to be 1 on {device}: lanes share the GPU in one process.")
     chosen = workers or (cores if kind == "cpu" else 1)
@@ -92,6 +97,35 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+class Identity(NamedTuple):
+    """What a result depends on, beside the plan: equal `code`, `torch` and `chip` give equal bits."""
+
+    qleak: str
+    code: str
+    torch: str
+    chip: str
+    gpu: str
+    host: str
+
+
+@functools.cache
+def identity() -> Identity:
+    """This process's, as it was at the first call."""
+    chip = f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    return Identity(versions()["qleak"], _code(), torch.__version__, chip, gpu, platform.node())
+
+
+def _code() -> str:
+    """BLAKE2b (10 hex digits) of the package's sources, those left out that only show results."""
+    root, found = Path(__file__).parent, hashlib.blake2b(digest_size=5)
+    for path in sorted(root.rglob("*.py")):
+        room = path.relative_to(root).parts[0]
+        if room not in ("adapters", "cli", "recipes", "report"):
+            found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return found.hexdigest()
 
 
 def describe() -> dict[str, Any]:

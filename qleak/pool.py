@@ -1,4 +1,4 @@
-"""Jobs over worker processes: one intra-op thread each, results in whatever order they come."""
+"""Jobs over worker processes, or any executor: one intra-op thread each, results in whatever order they come."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
+from qleak import executors
 from qleak.check import Failed
 
 Runner = Callable[[Any], Iterator[Any]]
 """`runner(job)` yields progress and, last, the job's result; a module-level function, so that it can be sent."""
+
+Workers = int | Executor
+"""Where jobs run: 1 for this process, so many processes, or an executor, which has no way back for progress."""
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
@@ -65,8 +69,13 @@ def _work(runner: Runner, job: Any) -> Any:
     return last
 
 
-def results(todo: Iterable[Any], runner: Runner, workers: int) -> Iterator[tuple[str, Any]]:
-    """(key of the job, progress or result) of every job, in this process or over worker processes.
+def at_most(workers: Workers, jobs: int) -> Workers:
+    """No more processes than jobs; an executor stays as it is."""
+    return min(workers, jobs) if isinstance(workers, int) else workers
+
+
+def results(todo: Iterable[Any], runner: Runner, workers: Workers) -> Iterator[tuple[str, Any]]:
+    """(key of the job, progress or result) of every job, in this process or over workers.
 
     Stopping the iteration stops the workers. Jobs have a `key`; an iterator of jobs is asked for the next one
     when a worker is about to need it, so that not all of them lie in memory.
@@ -74,6 +83,9 @@ def results(todo: Iterable[Any], runner: Runner, workers: int) -> Iterator[tuple
     Raises:
         Failed: a worker died (for example by the kernel, out of memory).
     """
+    if not isinstance(workers, int):
+        yield from executors.results(todo, runner, workers)
+        return
     if workers <= 1:
         keep_heap()
         yield from ((job.key, event) for job in todo for event in runner(job))

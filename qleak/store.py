@@ -13,7 +13,6 @@ opening. Save the tensors of a key before its row, so that a finished row always
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -22,18 +21,15 @@ from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote
 
-from qleak import disk
+from qleak import disk, folders
 from qleak.errors import Expected
+from qleak.folders import KINDS, SCHEMA, Row, list_runs, read_rows, read_run, read_tensors
 
 if TYPE_CHECKING:  # torch is imported where tensors are, so that listing runs stays quick
     from torch import Tensor
 
-Row = dict[str, Any]
-
-SCHEMA = 1
-KINDS = ("audit", "training", "synthesis", "study", "captured")
+__all__ = ["KINDS", "SCHEMA", "Row", "Run", "list_runs", "now", "open_run", "read_rows", "read_run", "read_tensors"]
 
 
 class Run:
@@ -50,13 +46,13 @@ class Run:
         self.folder = folder
         with ExitStack() as stack:
             stack.enter_context(disk.locked(folder))
-            if fresh:
-                disk.clear(folder)
-            self.resumed = (folder / "run.json").exists()
+            if fresh or (folder / folders.CLEARED).exists():  # a removal that was killed is brought to its end
+                folders.clear(folder)
+            self.resumed = disk.read(folder / "run.json") is not None
             self.header: dict[str, Any] = read_run(folder) if self.resumed else {"schema": SCHEMA}
-            self._rows, self._end, self.warning = _parse(folder / "rows.jsonl")
+            self._rows, self._end, self.warning = folders.parse(folder / "rows.jsonl")
             wanted = header["plan_id"]
-            held = self.header.get("plan_id") if self.resumed else "rows of no plan" if self._rows else wanted
+            held = self.header.get("plan_id") if self.resumed else _orphans(folder, self._rows) or wanted
             if held != wanted:
                 raise Expected(
                     f"Expected {folder} to hold plan {wanted}, found {held}: "
@@ -68,7 +64,9 @@ class Run:
                 self._file = os.open(folder / "rows.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
                 stack.callback(os.close, self._file)
                 os.ftruncate(self._file, self._end)
+                os.fsync(self._file)  # a writer may have been killed in front of its own
                 (folder / "tensors").mkdir(exist_ok=True)
+                disk.sync(folder / "tensors")
                 disk.sync(folder)
             self._open = stack.pop_all()
 
@@ -124,11 +122,11 @@ class Run:
         import torch
 
         whole = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
-        disk.replace(_tensors(self.folder, key), safetensors.torch.save(whole))
+        disk.replace(folders.tensors_path(self.folder, key), safetensors.torch.save(whole))
 
     def has(self, key: str) -> bool:
         """Whether tensors are saved under `key`."""
-        return _tensors(self.folder, key).is_file()
+        return folders.tensors_path(self.folder, key).is_file()
 
     def load(self, key: str) -> dict[str, Tensor]:
         """The tensors saved under `key`; see `read_tensors`."""
@@ -145,8 +143,7 @@ class Run:
 
         whole = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
         path = self.folder / f"{name}.safetensors"
-        with disk.disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        disk.make(path.parent)
         disk.replace(path, safetensors.torch.save(whole, about))
 
     def file(self, name: str, data: bytes) -> None:
@@ -156,8 +153,7 @@ class Run:
             Failed: the disk refused; the file saved before is as it was.
         """
         path = self.folder / name
-        with disk.disk(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        disk.make(path.parent)
         disk.replace(path, data)
 
     def holds(self, name: str) -> bool:
@@ -165,12 +161,15 @@ class Run:
         return (self.folder / name).is_file()
 
     def update(self, **fields: Any) -> None:
-        """Sets fields of run.json and rewrites it atomically. NaN and ±∞ become null.
+        """Sets fields of run.json and rewrites it atomically. NaN and ±∞ become null; an error goes with its status.
 
         Raises:
             Failed: the disk refused; run.json is as it was.
         """
-        text = _dumps(self.header | fields, indent=1)
+        wanted = self.header | fields
+        if wanted.get("status") != "failed":
+            wanted.pop("error", None)
+        text = _dumps(wanted, indent=1)
         disk.replace(self.folder / "run.json", (text + "\n").encode())
         self.header = json.loads(text)
 
@@ -187,7 +186,7 @@ def open_run(folder: Path, header: dict[str, Any], fresh: bool = False) -> Run:
         folder: the run's own folder; made with its parents.
         header: first content of run.json, with `kind` (see `KINDS`) and `plan_id`. A continued run
             keeps the run.json it has; `Run.update` changes it.
-        fresh: forget the rows and tensors of an earlier run first (no other file is touched).
+        fresh: forget an earlier run first, with all that it wrote and the runs within (no other file is touched).
 
     Raises:
         Expected: the folder holds another plan, a newer schema, or a damaged file.
@@ -197,92 +196,15 @@ def open_run(folder: Path, header: dict[str, Any], fresh: bool = False) -> Run:
         raise Expected(f"Expected kind={header.get('kind')!r} to be one of: {', '.join(KINDS)}.")
     if not isinstance(header.get("plan_id"), str):
         raise Expected(f"Expected a header with a plan_id of type str, got plan_id={header.get('plan_id')!r}.")
-    with disk.disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+    disk.make(folder)
     return Run(folder, header, fresh)
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a run, finished or being written, without a lock.
-
-    Raises:
-        Expected: there is no run, its run.json is damaged, or a newer qleak wrote it.
-    """
-    path = folder / "run.json"
-    data = disk.read(path)
-    if data is None:
-        raise Expected(f"Expected a run folder with a run.json at {folder}, found none.")
-    header = _object(data)
-    if header is None or not isinstance(header.get("schema"), int):
-        raise Expected(f"Expected {path} to be one JSON object with a schema: repair it, or start again with --fresh.")
-    if header["schema"] > SCHEMA:
-        raise Expected(f"Expected {path} to have schema <= {SCHEMA}, got {header['schema']}: update qleak.")
-    return header
-
-
-def read_rows(folder: Path) -> list[Row]:
-    """The complete rows of a run, finished or being written, without a lock.
-
-    Raises:
-        Expected: a damaged line which is not the last one.
-    """
-    return list(_parse(folder / "rows.jsonl")[0].values())
-
-
-def read_tensors(folder: Path, key: str) -> dict[str, Tensor]:
-    """The tensors saved under `key`, on the CPU, without a lock.
-
-    Raises:
-        Expected: there are none, or the file is damaged.
-    """
-    import safetensors.torch
-
-    path = _tensors(folder, key)
-    data = disk.read(path)
-    if data is None:
-        raise Expected(f"Expected tensors of {key!r} at {path}, found none.")
-    try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError:
-        raise Expected(f"Expected {path} to be a whole safetensors file: start again with --fresh.") from None
-
-
-def list_runs(root: Path) -> list[Path]:
-    """The run folders right below `root`, by name; none if there is no such folder."""
-    return sorted(path.parent for path in root.glob("*/run.json"))
-
-
-def _tensors(folder: Path, key: str) -> Path:
-    return folder / "tensors" / f"{quote(key, safe='=,+@()')}.safetensors"
-
-
-def _parse(path: Path) -> tuple[dict[str, Row], int, str]:
-    """Rows by key, the length in bytes of the complete lines, and a warning if something follows them."""
-    data = disk.read(path) or b""
-    rows: dict[str, Row] = {}
-    end = 0
-    for number, line in enumerate(io.BytesIO(data), start=1):
-        row = _object(line) or {}
-        if line.endswith(b"\n") and isinstance(row.get("key"), str):
-            rows.setdefault(row["key"], row)
-            end += len(line)
-        elif end + len(line) == len(data):
-            return rows, end, f"Dropped an unfinished last line ({len(line)} bytes) of {path}; its row is made again."
-        else:
-            raise Expected(
-                f"Expected line {number} of {path} to be one JSON object with a key: "
-                "repair or delete that line, or start again with --fresh."
-            )
-    return rows, end, ""
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
-    """The JSON object in `data`, or None if it is anything else."""
-    try:
-        value = json.loads(data.decode())
-    except ValueError:
-        return None
-    return value if isinstance(value, dict) else None
+def _orphans(folder: Path, rows: dict[str, Row]) -> str:
+    """What lies in a folder without a run.json that another run must have left: it would be taken for this one's."""
+    if rows:
+        return "rows of no plan"
+    return "tensors of no plan" if folders.files(folder, folders.TENSORS, follow=True) else ""
 
 
 def _dumps(value: Any, indent: int | None = None) -> str:

@@ -25,8 +25,16 @@ def commands() -> list[str]:
     return [c for c in dict.fromkeys(found) if c and "pip install" not in c and not c.startswith("just ")]
 
 
+TOGETHER = ("tutorial.md",)
+"""Pages whose blocks build on one another, as cells of a notebook do; they run as one."""
+
+
 def snippets() -> list[tuple[str, str]]:
-    return [(p.name, b) for p in PAGES for b in blocks(p.read_text(encoding="utf-8"), "python")]
+    found = []
+    for page in PAGES:
+        code = blocks(page.read_text(encoding="utf-8"), "python")
+        found += [(page.name, b) for b in (["\n".join(code)] if page.name in TOGETHER else code)]
+    return found
 
 
 QUICK = ("recipe ls", "ls ", "data ls", "doctor", "--help", "recipe show")
@@ -47,10 +55,22 @@ def test_shell_blocks(command, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("page", "code"), snippets(), ids=lambda v: v[:12])
+@pytest.mark.parametrize(
+    ("page", "code"),
+    [pytest.param(p, c, marks=pytest.mark.slow if p in TOGETHER else ()) for p, c in snippets()],
+    ids=lambda v: v[:12],
+)
 def test_python_blocks(page, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
     exec(compile(code, page, "exec"), {})
+
+
+def test_the_attack_in_the_readme_is_short_and_rebuilds_its_digit(capsys):
+    (code,) = (b for b in blocks(PAGES[0].read_text(encoding="utf-8"), "python") if "LBFGS" in b)
+    assert sum(bool(line.strip()) for line in code.splitlines()) <= 20
+    exec(compile(code, "README.md", "exec"), {})
+    assert float(re.search(r"rebuilt at (\d+) dB", capsys.readouterr().out)[1]) >= 40
 
 
 def test_the_pages_have_blocks_to_run():

@@ -19,8 +19,9 @@ RANKS = [
     {"attacks", "train"},
     {"bounds", "synth"},
     {"disk"},
+    {"folders"},
     {"plans", "store"},
-    {"jobs", "scoring", "pool", "engine", "machine"},
+    {"looks", "jobs", "scoring", "pool", "executors", "cluster", "engine", "machine"},
     {"report", "adapters"},
     {"cli", "recipes"},
 ]

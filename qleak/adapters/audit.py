@@ -170,6 +170,7 @@ def opened(
         reasons = list(header.get("choices") or [])
     else:
         ready = captured.prepared(ask)
+        fresh = fresh or header.get("request") == asked  # killed before it held the update: nothing was done
         plan = ready.plan
         _, _, placed = machine.place("cpu", workers)
         reasons = [*placed, *ready.about["choices"], *engine.choices(plan)]

@@ -14,15 +14,19 @@ from qleak.types import Attack, Guess, Status, Tree
 
 
 class Progress(NamedTuple):
-    """After `step` closures: own loss and status of every lane, in the order they came; images where asked for."""
+    """After `step` steps: own loss and status of every lane, in the order they came; images where asked for.
+
+    `drive` hands out the images of all lanes. What a job sends on has none, or a small picture of `lane` alone.
+    """
 
     step: int
     loss: Tensor
     status: Tensor
-    x: Tensor | None = None
+    x: Any = None
+    lane: int = -1
 
 
-def never() -> bool:
+def never(*_: int) -> bool:
     """False."""
     return False
 
@@ -37,10 +41,10 @@ def drive(
     view: View,
     start: Tree,
     every: int = 25,
-    look: Callable[[], bool] = never,
+    look: Callable[[int], bool] = never,
     over: Callable[[], bool] = never,
 ) -> Iterator[Progress | tuple[Guess, Tensor, Tensor]]:
-    """Yields `Progress` each `every` steps, and at the end (guess, status `[lane]`, closures `[lane]`).
+    """Yields `Progress` each `every` steps and wherever `look` says so; at the end (guess, status `[lane]`, closures `[lane]`).
 
     Lanes that are finished, converged or diverged are read out and taken out of the batch; the rest
     goes on alone. What a lane computes does not depend on which others run beside it.
@@ -50,8 +54,9 @@ def drive(
         view: what it sees.
         start: every lane's draws, see `Attack.draw`.
         every: closures between two looks at the lanes' status.
-        look: asked after each of them; where true, the images handed in so far go along.
-        over: asked as well; where true, every lane is read out.
+        look: asked in front of the first step and after every one, with the number of steps taken; where true, the
+            images that would be handed in now go along. What lanes compute does not depend on it.
+        over: asked every `every` steps; where true, every lane is read out.
     """
     total = view.lanes
     state = attack.init(view, start)
@@ -62,6 +67,8 @@ def drive(
     step = 0
     ended = _status(state)
     enough = False
+    if look(0):
+        yield Progress(0, loss.clone(), status.clone(), _images(attack.read(view, state), alive, guesses))
     while len(alive):
         if step % every == 0 or step >= attack.steps:
             live = step < attack.steps and not enough
@@ -81,12 +88,14 @@ def drive(
                 view, state = view.at(keep.to(_device(view))), lanes_at(state, keep.to(_device(view)))
         state, info = attack.step(view, state)
         step += 1
-        if step % every == 0 or step >= attack.steps:
+        due, asked = step % every == 0 or step >= attack.steps, look(step)
+        if due or asked:
             ended = info.status.cpu()
             loss[alive] = info.loss.detach().float().cpu()
             status[alive] = ended
-            seen = _images(attack.read(view, state), alive, guesses) if look() else None
+            seen = _images(attack.read(view, state), alive, guesses) if asked else None
             yield Progress(step, loss.clone(), status.clone(), seen)
+        if due:
             enough = over()
     ordered = [guesses[i] for i in range(total)]
     x, labels, losses = (torch.stack([g[i] for g in ordered]) for i in range(3))  # pyright: ignore[reportArgumentType]

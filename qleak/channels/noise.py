@@ -101,8 +101,9 @@ def _noise(
         given = before.sensitivity
         if given is None or given.p not in norms:
             clip = "clip_l2" if name == "gaussian" else "clip_l1"
+            bounded = "a bounded input" if given is None else f"an input bounded in L{norms[0]}, not L{given.p},"
             raise Expected(
-                f"Expected a bounded input before {written}: put {clip}(...) in front, "
+                f"Expected {bounded} before {written}: put {clip}(...) in front, "
                 "or pass unbounded=True to run without a guarantee."
             )
         # A value that is private already stays so: what follows is post-processing.

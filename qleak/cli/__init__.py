@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 from qleak.errors import Expected, Failed
 
@@ -15,6 +16,9 @@ def main() -> None:
     """
     from qleak.cli.app import app
 
+    quiet = "ignore:`torch.jit:FutureWarning"  # torchvision's own use of torch.jit, not the user's business
+    sys.warnoptions.append(quiet)  # for worker processes, which get this one's options
+    warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)
     try:
         app()
     except Expected as error:

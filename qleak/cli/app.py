@@ -11,6 +11,8 @@ from qleak.cli import recipes
 from qleak.cli.audit import audit
 from qleak.cli.epsilon import epsilon
 from qleak.cli.evaluate import evaluate
+from qleak.cli.film import film
+from qleak.cli.runs import runs
 from qleak.cli.synth import synth
 
 PASS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -21,10 +23,12 @@ recipe = typer.Typer(help="Experiments: list, show, run, copy.", **PLAIN)
 sets = typer.Typer(help="Data sets: what is here, and how to get the rest.", **PLAIN)
 app.add_typer(recipe, name="recipe")
 app.add_typer(sets, name="data")
+app.add_typer(runs, name="runs")
 app.add_typer(synth, name="synth")
 app.command()(audit)
 app.command()(evaluate)
 app.command()(epsilon)
+app.command()(film)
 
 Name = Annotated[str, typer.Argument(help="A recipe's name, or ./a_file.py.", autocompletion=recipes.names)]
 
@@ -123,12 +127,15 @@ def doctor() -> None:
 def report(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path | None, typer.Option("--out", help="The HTML file to write.")] = None,
+    figures: Annotated[Path | None, typer.Option(help="A folder for every figure as SVG, PNG and CSV.")] = None,
 ) -> None:
     """Renders a stored run again, from its files alone."""
     from qleak.report import html, terminal
 
     terminal.show(run)
     print(html.write(run, out or run / "report.html"))
+    if figures:
+        print("\n".join(map(str, html.write_figures(run, figures))))
 
 
 @app.command()

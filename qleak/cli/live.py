@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 import rich.console
@@ -30,8 +31,12 @@ class Console:
         """Plan, lanes, and every automatic choice with its reason."""
         size = "the paper's size" if full else "default size; --full runs the paper's"
         self.console.print(f"[bold]{recipe}[/bold] · {plan.id} · {size}", soft_wrap=True)
-        for key, value in {**plan.lines(), "placed": " · ".join(reasons)}.items():
-            self.console.print(f"  {key:9s} {value}", markup=False, highlight=False)
+        lines = [(key, line) for key, value in plan.lines().items() for line in wrapped(value, self.console.width - 13)]
+        lines += [("placed", line) for reason in reasons for line in hanging(reason, self.console.width - 13)]
+        last = ""
+        for key, line in lines:
+            self.console.print(f"  {key if key != last else '':9s} {line}", markup=False, soft_wrap=True)
+            last = key
 
     def estimate(self, plan: Plan, estimate: dict[str, float], workers: int) -> None:
         """The answer of `--dry-run`."""
@@ -43,8 +48,8 @@ class Console:
         self.note("Nothing was run (--dry-run).")
 
     @contextmanager
-    def progress(self, plan: Plan) -> Iterator[Callable[[Event], None]]:
-        """A callable that takes the engine's events and moves the bar."""
+    def progress(self, plan: Plan, pictures: bool = False) -> Iterator[Callable[[Event], None]]:
+        """A callable that takes the engine's events and moves the bar, under the guesses where they are watched."""
         from qleak import engine
         from qleak.engine import Finished, Step
 
@@ -57,7 +62,14 @@ class Console:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self.console, transient=True, disable=self.silent) as bar:
+        bar = Progress(*columns, console=self.console, transient=True, disable=self.silent, refresh_per_second=4)
+        with ExitStack() as stack:
+            if pictures:
+                from qleak.cli import watch
+
+                show = stack.enter_context(watch.screen(self.console, bar))
+            else:
+                show = stack.enter_context(bar) and None
             task = bar.add_task(unit, total=total)
 
             def move(event: Event) -> None:
@@ -68,6 +80,8 @@ class Console:
                     )
                 elif isinstance(event, Finished):
                     bar.update(task, completed=total)
+                if show is not None:
+                    show(event)
 
             yield move
 
@@ -78,6 +92,25 @@ class Console:
         with Progress(*columns, console=self.console, transient=True, disable=self.silent) as bar:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
+
+
+def wrapped(value: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, broken between items (" · ") where possible."""
+    lines = [""]
+    for item in value.split(" · "):
+        longer = f"{lines[-1]} · {item}" if lines[-1] else item
+        if len(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines += hanging(item, width)
+    return [line for line in lines if line] or [""]
+
+
+def hanging(text: str, width: int) -> list[str]:
+    """Lines of at most `width` characters, all but the first indented by two; words are never cut."""
+    return textwrap.wrap(
+        text, max(width, 20), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    ) or [""]
 
 
 def quiet() -> Console:

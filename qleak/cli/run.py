@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import multiprocessing
 import re
@@ -36,6 +37,7 @@ class Common(NamedTuple):
     dtype: str = ""
     chunk: int = 0
     workers: int = 0
+    cluster: str = ""
     memory: str = ""
     bounds: str = ""
     fail_above: float | None = None
@@ -44,6 +46,9 @@ class Common(NamedTuple):
     fresh: bool = False
     quiet: bool = False
     verbose: bool = False
+    watch: bool = False
+    film: int = 0
+    tensorboard: Path | None = None
 
 
 COMMON: dict[str, tuple[Any, Any]] = {
@@ -55,6 +60,7 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "dtype": (str, typer.Option(help="float32 or float64.")),
     "chunk": (int, typer.Option(help="Lanes that run together; part of the plan.")),
     "workers": (int, typer.Option(help="Processes; 0: one per core on a CPU, one on a GPU.")),
+    "cluster": (str, typer.Option(help="A dask scheduler, tcp://HOST:PORT, whose workers run the cells.")),
     "memory": (
         str,
         typer.Option(help="All that the run's processes may take, such as 4GB; workers are given up first."),
@@ -71,12 +77,15 @@ COMMON: dict[str, tuple[Any, Any]] = {
     "fresh": (bool, typer.Option("--fresh/--resume", help="Start over, or go on where the folder ends.")),
     "quiet": (bool, typer.Option("--quiet", help="Only the verdict.")),
     "verbose": (bool, typer.Option("--verbose", help="Every table row, controls included.")),
+    "watch": (bool, typer.Option("--watch", help="Show guesses as they emerge, in the terminal.")),
+    "film": (int, typer.Option(help="Frames kept of the best start of every channel × attack; `qleak film RUN`.")),
+    "tensorboard": (Path | None, typer.Option(help="Folder for TensorBoard's event files.")),
 }
 
 
 def run_recipe(name: str, argv: list[str]) -> None:
     """Builds a command from the recipe's signature and runs it on `argv`."""
-    if not {"--help", "--dry-run", "--config"} & set(argv) and "--workers" not in " ".join(argv):
+    if not {"--help", "--dry-run", "--config"} & set(argv) and not re.search("--workers|--cluster", " ".join(argv)):
         _warm_up()
     fn, path = recipes.load(name)
     preset = _config(argv, fn)
@@ -167,24 +176,35 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
     Raises:
         typer.Exit: 3 above `--fail-above`, 130 after Ctrl-C.
     """
-    from qleak import engine, machine, store
+    from qleak import cluster
+    from qleak.cli import watch
     from qleak.engine import memory
-    from qleak.report import html, terminal
 
     if common.bounds:
         one_of(BOUNDS, bounds=common.bounds)
+    watch.check(common.film, common.tensorboard)
     limit, path = memory.read_size(common.memory), recipes.path_of(name)
     plan = fn(**own)
     if not isinstance(plan, tuple(KINDS.values())):
         raise Expected(f"Expected {path.stem}(…) to return a plan, got {type(plan).__name__}.")
     plan = _changed(plan, common)
-    device, workers, reasons = machine.place(common.device, common.workers)
-    workers, fits = memory.place(plan, device, workers, limit)
-    reasons += fits
+    with cluster.placed(common.cluster, common.device, common.workers, plan) as (device, workers, number, reasons):
+        if isinstance(workers, int):
+            number, fits = memory.place(plan, device, workers, limit)
+            workers, reasons = number, reasons + fits
+        _execute(plan, path, name, own, common, cluster.Placed(device, workers, number, reasons))
+
+
+def _execute(plan: Any, path: Path, name: str, own: dict[str, Any], common: Common, placed: Any) -> None:
+    from qleak import engine, machine, store
+    from qleak.cli import watch
+    from qleak.report import html, terminal
+
+    device, workers, number, reasons = placed
     say = live.quiet() if common.quiet or common.json else live.Console()
     say.plan(path.stem, plan, reasons + engine.choices(plan), full=bool(own.get("full")))
     if common.dry_run:
-        say.estimate(plan, engine.estimate(plan, device), workers)
+        say.estimate(plan, engine.estimate(plan, "cpu" if common.cluster else device), number)
         return
     folder = _folder(common, path.stem, plan)
     flags = {
@@ -192,20 +212,23 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
         **{
             k: str(v) if isinstance(v, Path) else v
             for k, v in common._asdict().items()
-            if k not in ("config", "fresh", "dry_run", "json")
+            if k not in ("config", "cluster", "fresh", "dry_run", "json")
         },
     }
     header = {
         **plan.header(name, flags),
-        "source": path.read_text(encoding="utf-8"), "choices": reasons + engine.choices(plan), "workers": workers, "device": device,
+        "source": path.read_text(encoding="utf-8"), "choices": reasons + engine.choices(plan), "workers": number, "device": device,
         **machine.describe(),
     }  # fmt: skip
     with store.open_run(folder, header, fresh=common.fresh) as run:
         say.note(run.warning)
         try:
-            with say.progress(plan) as bar:
+            with watch.observed(plan, run, say, common.watch, common.tensorboard, common.film) as bar:
                 for event in engine.run(plan, run, device, workers):
                     bar(event)
+            if late := getattr(workers, "late", []):
+                say.note("\n".join(late))
+                run.update(choices=[*run.header["choices"], *late])
             bounded(plan, run, common.bounds, say)
         except KeyboardInterrupt:
             run.update(status="interrupted")
@@ -254,7 +277,8 @@ def _folder(common: Common, recipe: str, plan: Plan) -> Path:
                 continue
             if header.get("plan_id") == plan.id and header.get("status") != "done":
                 return folder
-    return common.out / f"{common.name}_{datetime.now():%Y%m%d-%H%M%S}"
+    stamp = f"{common.name}_{datetime.now():%Y%m%d-%H%M%S}"  # of an earlier run, too, where the clock was set back
+    return next(f for i in itertools.count(1) if not (f := common.out / (f"{stamp}-{i}" if i > 1 else stamp)).exists())
 
 
 def _gate(header: dict[str, Any], limit: float | None) -> None:

@@ -9,6 +9,7 @@ from qleak.engine import audit, captured, study, synthesis, training
 from qleak.engine.audit import job_of, prepare
 from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.plans import Audit, Captured, Study, Synthesis, Training
+from qleak.pool import Workers
 from qleak.store import Run
 
 __all__ = ["Event", "Finished", "Rows", "Step", "choices", "estimate", "job_of", "prepare", "run", "size"]
@@ -16,8 +17,15 @@ __all__ = ["Event", "Finished", "Rows", "Step", "choices", "estimate", "job_of",
 ENGINES: dict[type, Any] = {Audit: audit, Training: training, Synthesis: synthesis, Study: study, Captured: captured}
 
 
-def run(plan: Any, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:
-    """Runs what the store does not hold yet; see the engine of the plan's kind."""
+def run(plan: Any, store: Run, device: str = "cpu", workers: Workers = 1) -> Iterator[Event]:
+    """Runs what the store does not hold yet; see the engine of the plan's kind.
+
+    Args:
+        plan: what to run.
+        store: its run folder, written by this process alone.
+        device: where jobs run: "cpu", "cuda", …; on an executor, a device of its workers.
+        workers: 1 for this process, so many worker processes, or any `concurrent.futures.Executor`.
+    """
     return ENGINES[type(plan)].run(plan, store, device, workers)
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qleak import data, jobs, pool, random, tree
+from qleak import data, jobs, looks, pool, random, tree
 from qleak.accounting import epsilon
 from qleak.attacks import routes
 from qleak.catalog import short
@@ -96,7 +96,7 @@ def job_of(plan: Audit, prepared: Prepared, chunk: Chunk, device: str = "cpu") -
     labels = prepared.secret.y[shift] if "labels" in plan.grants else None
     shared = tree.stack([prepared.statistics[i] for i in shift]) if "statistics" in plan.grants else None
     buffers = prepared.buffers if "buffers" in plan.grants else fresh(prepared.buffers)
-    return Job(plan.as_json(), chunk, prepared.params, buffers, message, device, labels, shared)
+    return Job(plan.as_json(), chunk, prepared.params, buffers, message, device, labels, shared, looks.now())
 
 
 def fresh(buffers: Buffers) -> Buffers:
@@ -105,18 +105,19 @@ def fresh(buffers: Buffers) -> Buffers:
     return {k: torch.full_like(v, blank[end]) if (end := k.split(".")[-1]) in blank else v for k, v in buffers.items()}
 
 
-def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:
+def run(plan: Audit, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
     """Runs what the store does not hold yet. Rows of a channel × attack appear when all its lanes are done.
 
     A finished chunk is saved before anything is reported of it; rows carry keys and are written once,
-    so stopping at any moment loses at most the chunks in flight.
+    so stopping at any moment loses at most the chunks in flight. Where a film is asked for (`looks.asked`), finished
+    chunks that have none are run once more for it; their results stay as they are.
     """
     prepared = prepare(plan)
     store.update(status="running", started=store.header.get("started") or now(), **_known(plan, prepared))
     if not store.has("victims"):
-        store.save("victims", {"x": prepared.secret.x, "y": prepared.secret.y})
         for i, messages in enumerate(prepared.messages):
             store.save(f"messages-{i}", tree.flatten(messages))
+        store.save("victims", {"x": prepared.secret.x, "y": prepared.secret.y})  # last: they vouch for the messages
     for i in range(len(plan.channels)):
         prepared.messages[i] = tree.unflatten(store.load(f"messages-{i}"), prepared.messages[i])
     chunks = plan.chunks()
@@ -128,7 +129,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
     named = {c.key: c for c in chunks}
     written = store.done()
     # The strongest attacks stand last in a plan and take longest: started first, they leave no worker idle.
-    waiting = [c for c in reversed(chunks) if c.key not in done]
+    waiting = [c for c in reversed(chunks) if c.key not in done or unfilmed(plan, store, c)]
     scored: set[tuple[int, int]] = set()
     rows: list[dict[str, Any]] = store.rows()
 
@@ -158,33 +159,49 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: int = 1) -> Itera
         if isinstance(event, Step):
             yield event
             continue
-        event = rate_path(event, named[event.key], prepared.secret)
-        store.save(f"chunk-{event.key}", jobs.tensors(event))
-        done[event.key] = event
+        if event.film is not None:
+            store.save(f"film-{event.key}", event.film)
+        if event.key not in done:
+            event = rate_path(event, named[event.key], prepared.secret)._replace(film=None)
+            store.save(f"chunk-{event.key}", jobs.tensors(event))
+            done[event.key] = event
         yield from groups()
     summary = summarise(plan, rows)
     store.update(status="done", summary=summary, finished=now())
     yield Finished(summary)
 
 
-def _results(plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str, workers: int) -> Iterator[Step | Done]:
-    """Steps and results of all jobs, in this process or over worker processes; the numbers are the same."""
+def _results(
+    plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str, workers: pool.Workers
+) -> Iterator[Step | Done]:
+    """Steps and results of all jobs, in this process or over workers; the numbers are the same."""
     chunks = {c.key: c for c in waiting}
     todo = (job_of(plan, prepared, c, device) for c in waiting)
-    workers = min(workers, len(waiting))
-    threads = torch.get_num_threads()
+    threads, finished = torch.get_num_threads(), 0
     try:
-        for key, event in pool.results(todo, jobs.events, workers):
+        for key, event in pool.results(todo, jobs.events, pool.at_most(workers, len(waiting))):
             if isinstance(event, Done):
                 yield event
+                finished += 1
+                if not isinstance(workers, int):  # all that is heard of a chunk
+                    yield ended(plan, chunks[key], f"{finished} of {len(waiting)} chunks done")
                 continue
             chunk, lanes = chunks[key], len(chunks[key].lanes)
             attack = plan.attacks[chunk.attack]
             name = f"{plan.labels()[chunk.channel]} {attack.spec.split('(')[0]}"
-            made = attack.closures(event.step) * lanes
-            yield Step(key, name, made, closures_of(plan, chunk), f"loss {float(event.loss.min()):.0e}")
+            each, least = attack.closures(event.step), float(event.loss.min())
+            loss = least if event.lane < 0 else float(event.loss[event.lane])
+            image = plan.victims[chunk.lanes[event.lane].victim]
+            seen = () if event.x is None else (event.x, image)
+            yield Step(key, name, each * lanes, closures_of(plan, chunk), f"loss {least:.0e}", loss, each, *seen)
     finally:
         torch.set_num_threads(threads)
+
+
+def unfilmed(plan: Audit, store: Run, chunk: Chunk) -> bool:
+    """Whether a film of the chunk is asked for and not there."""
+    asked = looks.now().film > 0 and looks.wanted(chunk, plan.seconds)
+    return asked and not store.has(f"film-{chunk.key}")
 
 
 def applicable(plan: Audit, prepared: Prepared, chunks: list[Chunk]) -> tuple[list[Chunk], list[dict[str, str]]]:
@@ -214,6 +231,12 @@ def _known(plan: Audit, prepared: Prepared) -> dict[str, Any]:
         ],
         "papers": list(dict.fromkeys(p for a in plan.attacks for p in a.papers)),
     }
+
+
+def ended(plan: Any, chunk: Chunk, text: str) -> Step:
+    """What is said of a chunk whose steps were not heard: all of them are made."""
+    total, name = closures_of(plan, chunk), plan.attacks[chunk.attack].spec.split("(")[0]
+    return Step(chunk.key, name, total, total, text)
 
 
 def closures_of(plan: Any, chunk: Chunk) -> int:

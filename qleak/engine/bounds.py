@@ -181,7 +181,7 @@ def captured(
 def _held(store: Run, prior: Prior) -> list[dict[str, Any]]:
     """The rows that an interrupted computation with this very prior has left."""
     text = (store.folder / "bounds.jsonl").read_text(encoding="utf-8") if store.holds("bounds.jsonl") else ""
-    return [row for row in map(json.loads, text.splitlines()) if row["prior"] == prior.name]
+    return [row for row in map(json.loads, text.splitlines()) if row.get("prior") == prior.name]
 
 
 def _kept(

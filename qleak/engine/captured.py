@@ -18,7 +18,7 @@ from qleak.attacks import routes
 from qleak.catalog import short
 from qleak.check import Expected
 from qleak.engine import explained
-from qleak.engine.audit import closures_of
+from qleak.engine.audit import closures_of, ended
 from qleak.engine.decoys import Held, decoys_of
 from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.jobs import Done, Job
@@ -59,7 +59,7 @@ def job_of(plan: Captured, given: Held, chunk: Chunk, device: str = "cpu") -> Jo
     return Job(plan.as_json(), chunk, given.params, given.buffers, message, device, labels, None)
 
 
-def run(plan: Captured, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:
+def run(plan: Captured, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
     """Runs what the store does not hold yet; rows and the verdict are written when every lane is done."""
     given = held(plan, store)
     store.update(status="running", started=store.header.get("started") or now(), papers=_papers(plan))
@@ -75,10 +75,13 @@ def run(plan: Captured, store: Run, device: str = "cpu", workers: int = 1) -> It
     threads = torch.get_num_threads()
     try:
         todo = (job_of(plan, given, c, device) for c in waiting)
-        for key, event in pool.results(todo, jobs.events, min(workers, len(waiting))):
+        for key, event in pool.results(todo, jobs.events, pool.at_most(workers, len(waiting))):
             if isinstance(event, Done):
                 store.save(f"chunk-{key}", jobs.tensors(event))
                 done[key] = event
+                if not isinstance(workers, int):  # all that is heard of a chunk
+                    chunk = next(c for c in waiting if c.key == key)
+                    yield ended(plan, chunk, f"{len(done)} of {len(chunks)} chunks done")
                 continue
             chunk = next(c for c in waiting if c.key == key)
             attack, lanes = plan.attacks[chunk.attack], len(chunk.lanes)

@@ -6,13 +6,21 @@ from typing import Any, NamedTuple
 
 
 class Step(NamedTuple):
-    """A job has moved on: `done` of at most `total` steps of its `label`; `text` is its latest number."""
+    """A job has moved on: `done` of at most `total` steps of its `label`; `text` is its latest number.
+
+    Attacks say their own `loss` after so many `closures` of a lane; where they are watched, that of the lane which
+    `picture` (uint8 `[h w 3]`, see `looks.small`) shows, a guess at `image`.
+    """
 
     key: str
     label: str
     done: int
     total: int
     text: str
+    loss: float | None = None
+    closures: int = 0
+    picture: Any = None
+    image: int = -1
 
 
 class Rows(NamedTuple):

@@ -63,6 +63,7 @@ class Checkpoint(NamedTuple):
 class File(NamedTuple):
     """A finished sample file: its number among the arm's, and its bytes."""
 
+    key: str
     number: int
     data: bytes
 
@@ -146,7 +147,7 @@ def events(job: Job) -> Iterator[Progress | Checkpoint | File]:
             said = time.monotonic()
             yield Progress(done, float(history[-1, 2]) if len(history) else math.nan)
     for number in job.files:
-        yield File(number, _file(plan, arm, public, arm.method.released(state), number, seed))
+        yield File(job.key, number, _file(plan, arm, public, arm.method.released(state), number, seed))
 
 
 def draw(arm: Arm, public: Public, released: Tree, y: Tensor, *path: int | str) -> Tensor:

@@ -11,6 +11,7 @@ from qleak.engine import audit
 from qleak.engine.events import Event, Rows, Step
 from qleak.models.stored import stored
 from qleak.plans import Audit, Training
+from qleak.pool import Workers
 from qleak.store import Run
 
 
@@ -23,7 +24,7 @@ def plan_of(plan: Training, store: Run, channel: int, number: int) -> Audit:
     )  # fmt: skip
 
 
-def audits(plan: Training, store: Run, device: str, workers: int = 1) -> Iterator[Event]:
+def audits(plan: Training, store: Run, device: str, workers: Workers = 1) -> Iterator[Event]:
     """Runs the audits of the first seed of every channel, each in a run folder of its own below `audits/`.
 
     Their rows are the run's rows too, with kind "audit" and the round.

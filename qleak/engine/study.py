@@ -9,13 +9,14 @@ from qleak import store as stores
 from qleak.engine import audit, training
 from qleak.engine.events import Event, Finished, Step
 from qleak.plans import Audit, Study, Training
+from qleak.pool import Workers
 from qleak.store import Run, now
 
 ENGINES: dict[type, Any] = {Audit: audit, Training: training}
 SHARED = ("versions", "git", "cpu", "cores", "system", "device", "workers", "choices")
 
 
-def run(plan: Study, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:
+def run(plan: Study, store: Run, device: str = "cpu", workers: Workers = 1) -> Iterator[Event]:
     """Runs every part that is not done; the study has no rows of its own.
 
     The joined table is written into its summary by whoever reads the parts (see `report.frontier`).

@@ -38,9 +38,9 @@ class Price:
         return None if self.arms[arm].method.unsound else epsilon(self.spends[arm].event(t), delta)
 
 
-def run(plan: Synthesis, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:
+def run(plan: Synthesis, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
     """Makes what the store does not hold yet; what has a row is on disk and never made again."""
-    _, _, public = making.of(plan, device)
+    _, _, public = making.of(plan)  # on the CPU: the device may be a worker's
     price = Price(plan, public)
     store.update(
         status="running", started=store.header.get("started") or now(), public=list(public), facts=_facts(plan, price),
@@ -53,9 +53,9 @@ def run(plan: Synthesis, store: Run, device: str = "cpu", workers: int = 1) -> I
         flat = safetensors.torch.load(event.saved)
         if not flat["sheet"].numel() and store.has(f"state-{job.key}"):  # a sheet is made where something is measured
             flat["sheet"] = store.load(f"state-{job.key}")["sheet"]
-        store.save(f"state-{job.key}", flat)
-        if event.statistics:
+        if event.statistics:  # in front of the state, after which this step is never made again
             store.file(f"statistics/{job.key}-{event.step}.json", json.dumps(event.statistics).encode())
+        store.save(f"state-{job.key}", flat)
         done = store.done()
         fresh = [r for r in _rows(plan, job, flat["history"], price) if r["key"] not in done]
         if event.step == price.spends[job.trial.arm].steps:

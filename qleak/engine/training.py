@@ -30,7 +30,7 @@ from qleak.train.disjoint import disjoint
 from qleak.types import Params, Tree
 
 
-def run(plan: Training, store: Run, device: str = "cpu", workers: int = 1) -> Iterator[Event]:
+def run(plan: Training, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
     """Trains what the store does not hold yet; every epoch that has a row is on disk and never trained again.
 
     A diverged training is a row like any other; its accuracies are those of the weights it ended with.

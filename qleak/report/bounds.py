@@ -116,7 +116,14 @@ def figure(header: dict[str, Any]) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         at = range(len(found), 0, -1)
-        axes.hlines(at, [g.psnr for g in found], [g.bound for g in found], color="0.8", linewidth=6, label="_from best attack to bound")
+        axes.hlines(
+            at,
+            [g.psnr for g in found],
+            [g.bound for g in found],
+            color="0.8",
+            linewidth=6,
+            label="_from best attack to bound",
+        )
         axes.plot([g.psnr for g in found], at, "o", color=COLOURS[0], label="best attack")
         axes.plot([g.bound for g in found], at, "|", color=COLOURS[1], markersize=12, label="bound")
         rough = [(g.estimate, y) for g, y in zip(found, at, strict=True) if g.estimate is not None]

@@ -16,10 +16,12 @@ SHOWN = 16  # images of a batch
 def context(run: Audited) -> dict[str, Any]:
     """Everything the template needs beside what all pages say."""
     header = run.header
-    titles, lines = pictures(run) if run.found else ([], [])
+    held = any((run.folder / "tensors").glob("*.safetensors"))
+    titles, lines = pictures(run) if run.found and held else ([], [])
+    gone = [] if held or not run.rows else ["The tensors of this run were removed: its pictures are left out."]
     check = header.get("self_check") or {}
     return {
-        "verdict": captured.verdict(header), "title": "audit of a captured update", "titles": titles, "lines": lines,
+        "missing": gone, "verdict": captured.verdict(header), "title": "audit of a captured update", "titles": titles, "lines": lines,
         "rests_on": captured.rests_on(header), "known": captured.known(header), "match": header["match"]["lines"],
         "odd": bool(captured.unusual(header)), "readings": check.get("readings") or [],
         "heads": [h.replace("\n", " ") for h in captured.HEADS], "cannot": captured.CANNOT,
@@ -42,7 +44,7 @@ def pictures(run: Audited) -> tuple[list[str], list[list[dict[str, Any] | None]]
     for j in range(min(found["images"], SHOWN)):
         line: list[dict[str, Any] | None] = []
         if truth is not None:
-            line.append({"uri": _uri(truth[j]), "alt": f"True image {j}", "note": "", "hit": False})
+            line.append({"uri": _uri(truth[j]), "alt": f"True image {j}", "note": "truth", "hit": False, "truth": True})
         for row, x in sources:
             line.append(row and _picture(x, row, j, hit=row is best and found["good"][j]))  # pyright: ignore[reportArgumentType]
         lines.append(line)
@@ -56,7 +58,11 @@ def _ordered(x: Tensor, row: Row) -> Tensor:
 def _picture(x: Tensor, row: Row, j: int, hit: bool) -> dict[str, Any]:
     scored = f"{row['psnr'][j]:.1f} dB" if row.get("psnr") else f"residual {captured.ratio(row['residual'])}"
     alt = f"Guess at image {j} by {row['attack'].split('(')[0]}, {row['control']}: {scored}"
-    return {"uri": _uri(x[j]), "alt": alt, "note": scored + (" ✓ rebuilt" if hit else ""), "hit": hit}
+    height, width = x.shape[-2:]
+    return {
+        "uri": _uri(x[j]), "alt": alt, "title": f"own residual {captured.ratio(row['residual'])}", "hit": hit, "truth": False,
+        "note": scored + (" ✓ rebuilt" if hit else ""), "width": width, "height": height,
+    }  # fmt: skip
 
 
 def _uri(pixels: Tensor) -> str:

@@ -6,7 +6,6 @@ Matplotlib is imported inside, and only its objects are used: no pyplot, no glob
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import fill
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from einops import rearrange
 
 from qleak.errors import Expected, did_you_mean
+from qleak.report.drawn import COLOURS, INK, STYLES, svg, tidy
 from qleak.report.stored import Arm, Stored, by_arm, load, rgb, write_file
 from qleak.report.words import floor
 from qleak.store import Row
@@ -23,12 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# At least 3:1 against white and against the report's dark background.
-COLOURS = ("#3a7bd5", "#d0602b", "#17906b", "#b0509e", "#8a7a00", "#7a66c9")
-STYLES = ("-", "--", "-.", ":")
 LEGEND = 8  # channels that fit a panel's own legend
-DOTS = 3000  # more of them become a picture inside the SVG
-INK = "#0a0b0c"  # stands for the page's text colour until the SVG is written
+DOTS = 1500  # more of them become a picture inside the SVG
 
 
 def grid(folder: Path, out_png: Path, columns: Sequence[Arm] | Mapping[Arm, str] | None = None) -> Path:
@@ -117,7 +113,8 @@ def loss_curves(run: Stored) -> str:
                     loss = [max(v, least / 10) for v in curve.loss]  # a loss of 0 lies on the floor
                     style: dict[str, Any] = {"color": COLOURS[k % len(COLOURS)], "linestyle": STYLES[k % len(STYLES)]}
                     style |= {"linewidth": 1.8} if curve.selected else {"linewidth": 0.8, "alpha": 0.5}
-                    axes.plot(curve.at, loss, label="" if n else channel, **style)
+                    chosen = " · selected" if curve.selected else ""
+                    axes.plot(curve.at, loss, label=f"_{channel} · lane {n + 1}{chosen}" if n else channel, **style)
             left = (i - 1) % wide == 0
             axes.set(title=fill(attack, 36), xlabel="closures", ylabel="own loss" if left else "", yscale="log")
             axes.yaxis.set_major_formatter(LogFormatter())  # the usual one writes mathematics
@@ -144,12 +141,13 @@ def psnr_bars(run: Stored) -> str:
         axes = figure.add_subplot()
         for y, ((channel, attack), found) in enumerate(arms.items()):
             colour = COLOURS[channels.index(channel) % len(COLOURS)]
-            axes.barh(y, found["none"]["psnr_selected"], height=0.6, color=colour, alpha=0.35)
+            name = f"_{channel} · {attack}"
+            axes.barh(y, found["none"]["psnr_selected"], height=0.6, color=colour, alpha=0.35, label=f"{name} · mean")
             dots = [r["psnr"] for (c, a, _), r in chosen.items() if (c, a) == (channel, attack)]
-            axes.plot(dots, [y] * len(dots), "o", color=colour, markersize=5, alpha=0.8)
+            axes.plot(dots, [y] * len(dots), "o", color=colour, markersize=5, alpha=0.8, label=f"{name} · image")
             if (control := floor(found)) is not None:
-                axes.plot([control] * 2, [y - 0.38, y + 0.38], color=INK, linewidth=2)
-        axes.axvline(run.header["plan"]["success"], color=INK, linestyle="--", linewidth=1)
+                axes.plot([control] * 2, [y - 0.38, y + 0.38], color=INK, linewidth=2, label=f"{name} · control")
+        axes.axvline(run.header["plan"]["success"], color=INK, linestyle="--", linewidth=1, label="_threshold")
         axes.set_yticks(range(len(arms)), [fill(" · ".join(arm), 44) for arm in arms])
         axes.set(xlabel="PSNR of the selected restart, dB", xlim=(0, None))
         axes.invert_yaxis()
@@ -185,8 +183,8 @@ def psnr_strips(run: Stored) -> str:
             axes.set_visible(False)
         for i, (axes, attack) in enumerate(zip(panels, attacks, strict=False)):
             for y, channel in enumerate(channels):
-                _strip(axes, y, lanes.get((channel, attack), []), controls.get((channel, attack), []), heavy)
-            axes.axvline(run.header["plan"]["success"], color=INK, linestyle="--", linewidth=1)
+                _strip(axes, y, channel, lanes.get((channel, attack), []), controls.get((channel, attack), []), heavy)
+            axes.axvline(run.header["plan"]["success"], color=INK, linestyle="--", linewidth=1, label="_threshold")
             axes.set(title=fill(attack, 24), ylim=(len(channels) - 0.5, -0.5))
             if i + wide >= len(attacks):
                 axes.set_xlabel("PSNR, dB")
@@ -198,54 +196,31 @@ def psnr_strips(run: Stored) -> str:
     return svg("strips", (2.4 + min(1.8, 8 / wide) * wide, tall * -(-len(attacks) // wide)), draw)
 
 
-def _strip(axes: Axes, y: int, lanes: list[Row], controls: list[float], heavy: bool) -> None:
+def _strip(axes: Axes, y: int, name: str, lanes: list[Row], controls: list[float], heavy: bool) -> None:
     from numpy import percentile
 
     colour = COLOURS[y % len(COLOURS)]
     if controls:
         low, high = min(controls), max(controls)
-        axes.barh(y, high - low, left=low, height=0.86, color=INK, alpha=0.13, linewidth=0)
+        axes.barh(y, high - low, left=low, height=0.86, color=INK, alpha=0.13, linewidth=0, label=f"_{name} · controls")
     if not lanes:
         return
     psnr = [r["psnr"] for r in lanes]
     if len(psnr) >= 8:
-        axes.plot(percentile(psnr, [25, 75]), [y, y], color=colour, linewidth=6, alpha=0.3, solid_capstyle="butt")
+        axes.plot(percentile(psnr, [25, 75]), [y, y], color=colour, linewidth=6, alpha=0.3, solid_capstyle="butt",
+                  label=f"_{name} · quartiles")  # fmt: skip
     at = [y + 0.6 * ((0.618034 * i) % 1 - 0.5) for i in range(len(psnr))]
-    axes.plot(psnr, at, "o", color=colour, markersize=2.6, markeredgewidth=0, alpha=0.75, rasterized=heavy)
+    axes.plot(psnr, at, "o", color=colour, markersize=2.6, markeredgewidth=0, alpha=0.75, rasterized=heavy,
+              label=f"_{name} · lane")  # fmt: skip
     chosen = [(r["psnr"], h) for r, h in zip(lanes, at, strict=True) if r["selected"]]
     if chosen:
         x, h = zip(*chosen, strict=True)
-        axes.plot(x, h, "o", color="none", markeredgecolor=INK, markersize=4.4, markeredgewidth=0.7, rasterized=heavy)
-        axes.plot([sum(x) / len(x)] * 2, [y - 0.42, y + 0.42], color=colour, linewidth=2)
+        axes.plot(x, h, "o", color="none", markeredgecolor=INK, markersize=4.4, markeredgewidth=0.7, rasterized=heavy,
+                  label=f"_{name} · selected")  # fmt: skip
+        axes.plot(
+            [sum(x) / len(x)] * 2, [y - 0.42, y + 0.42], color=colour, linewidth=2, label=f"_{name} · mean of selected"
+        )
 
 
 def _channels(run: Stored) -> list[str]:
     return list(dict.fromkeys(channel for channel, _ in run.arms()))
-
-
-def tidy(axes: Axes) -> None:
-    """Faint grid behind, two spines."""
-    axes.grid(color=INK, alpha=0.15, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def svg(name: str, size: tuple[float, float], draw: Any) -> str:
-    """One inline SVG: text stays text and takes the page's colour, ids are its own, nothing points outside."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    settings: Any = dict.fromkeys(inked, INK)
-    settings |= {"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False, "font.size": 9}
-    with rc_context(settings):
-        figure = Figure(figsize=size, layout="constrained", facecolor="none")
-        draw(figure)
-        for axes in figure.axes:
-            axes.set_facecolor("none")
-        text = io.StringIO()
-        figure.savefig(text, format="svg", dpi=144, metadata={"Date": None})
-    svg = text.getvalue()
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return svg.replace(INK, "currentColor")

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from pathlib import Path
 from typing import Any
 
+from qleak.errors import Failed
 from qleak.report import (
     bounds,
     captured,
     captured_page,
+    citations,
     compare,
+    epsilons,
     figures,
+    filmstrips,
+    headline,
     nominal,
     nominal_panels,
+    page,
     parts,
     pictures,
     plots,
@@ -54,18 +61,27 @@ def write(folder: Path, out: Path) -> Path:
         Expected: there is no run, it is damaged, or of a kind that has no report.
         Failed: the disk refused.
     """
-    kind = read_run(folder).get("kind")
-    if kind == "training":
-        return _render("training.html.j2", out, **_training(training.load(folder)))
-    if kind == "synthesis":
-        made = synthesis.load(folder)
-        return _render("synthesis.html.j2", out, **_of_run(made.header) | synthesis_page.context(made))
-    if kind == "captured":
-        audited = captured.load(folder)
-        return _render("captured.html.j2", out, **_of_run(audited.header) | captured_page.context(audited))
-    if kind == "study":
-        return _render("study.html.j2", out, **_study(study.load(folder), out))
-    return _render("audit.html.j2", out, **_audit(load(folder)))
+    template, context = _context(folder, out)
+    return write_file(out, page.render(template, **context).encode())
+
+
+def write_figures(folder: Path, out: Path) -> list[Path]:
+    """Every figure of a run's page as files of its own in the folder `out`: SVG, PNG and the numbers drawn as CSV.
+
+    Raises:
+        Expected: as for `write`.
+        Failed: the disk refused.
+    """
+    found = page.figures(_context(folder, out / "report.html")[1])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Failed(f"Expected to make {out}, got {error.strerror or error}: choose another folder.") from error
+    return [
+        write_file(out / f"{drawn.name}.{kind}", data)
+        for drawn in found
+        for kind, data in (("svg", drawn.file()), ("png", drawn.png()), ("csv", drawn.csv.encode()))
+    ]
 
 
 def write_comparison(runs: list[Part], out: Path) -> Path:
@@ -75,65 +91,79 @@ def write_comparison(runs: list[Part], out: Path) -> Path:
         Failed: the disk refused.
     """
     joined = study.of_runs(runs)
-    return _render(
-        "compare.html.j2", out, title="qleak compare", verdict=study.verdict(joined), **_front(joined, out, whole=False)
-    )
+    context = _of_run({}, study.verdict(joined), headline.frontier(joined.points)) | {"title": "qleak compare"}
+    context |= _front(joined, out, whole=False)
+    return write_file(out, page.render("compare.html.j2", **context).encode())
 
 
-def _render(template: str, out: Path, **context: Any) -> Path:
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+def _context(folder: Path, out: Path) -> tuple[str, dict[str, Any]]:
+    """The template of a run's page, and everything that it shows."""
+    kind = read_run(folder).get("kind")
+    if kind == "training":
+        return "training.html.j2", _training(training.load(folder))
+    if kind == "synthesis":
+        made = synthesis.load(folder)
+        of_run = _of_run(made.header, synthesis.verdict(made.header), headline.synthesis(made.header))
+        return "synthesis.html.j2", of_run | synthesis_page.context(made)
+    if kind == "captured":
+        audited = captured.load(folder)
+        of_run = _of_run(audited.header, captured.verdict(audited.header), headline.captured(audited.header))
+        return "captured.html.j2", of_run | captured_page.context(audited)
+    if kind == "study":
+        return "study.html.j2", _study(study.load(folder), out)
+    return "audit.html.j2", _audit(load(folder))
 
-    strict: dict[str, Any] = {"autoescape": True, "undefined": StrictUndefined}
-    engine = Environment(loader=FileSystemLoader(Path(__file__).parent), trim_blocks=True, lstrip_blocks=True, **strict)
-    text = engine.get_template(template).render(number=words.number, **context)
-    return write_file(out, text.encode())
 
-
-def _of_run(header: dict[str, Any]) -> dict[str, Any]:
-    """What every run's page says: its header, how to repeat it, where it ran."""
+def _of_run(header: dict[str, Any], verdict: str, tiles: list[headline.Tile]) -> dict[str, Any]:
+    """What every run's page says: what was found, its header, how to repeat it, where it ran, what it rests on."""
     known = [(name, header[name]) for name in ENVIRONMENT if header.get(name) is not None]
+    lead, clauses = headline.clauses(
+        verdict, lead_is_title=header.get("kind") not in ("audit", "captured", "synthesis")
+    )
+    papers = citations.papers(header)
+    bibtex = "\n\n".join(map(citations.bibtex, papers))
     return {
-        "header": header, "title": header.get("recipe", "run"),
+        "header": header, "title": header.get("recipe", "run"), "verdict": verdict, "lead": lead, "clauses": clauses,
+        "tag": headline.tag(header) if header else ("", ""), "tiles": tiles, "missing": [],
         "plan": json.dumps(header.get("plan", {}), indent=2, ensure_ascii=False),
         "environment": [*known, *(header.get("versions") or {}).items()],
+        "ledger": epsilons.table({"": header}) if header.get("kind") in ("audit", "training") else {},
+        "papers": papers, "bibtex": bibtex,
+        "bibtex_uri": f"data:text/plain;charset=utf-8;base64,{b64encode(bibtex.encode()).decode()}",
     }  # fmt: skip
 
 
 def _audit(run: Stored) -> dict[str, Any]:
-    from markupsafe import Markup
-
     header, arms = run.header, run.arms()
     large = len({channel for channel, _ in arms}) >= 3
     extra = [f for f in OPTIONAL if any(s.get(f) is not None for s in header.get("summary") or [])]
     sheets = pictures.sheets(run) if large else []
-    return _of_run(header) | {
-        "verdict": words.verdict(header),
+    return _of_run(header, words.verdict(header), headline.audit(header)) | {
+        "missing": _missing(run.missing),
+        "films": filmstrips.strips(run),
         "grids": [] if large else pictures.grids(run),
         "sheets": sheets,
         "cut": sum(len(group) for title, group in sheets if title in ("", "Other images")) < len(run.originals),
         "columns": [title.replace("\n", " ") for title in (*words.COLUMNS, *(OPTIONAL[f] for f in extra))],
         "channels": _table(header, extra),
         "refusals": words.refusals(header),
-        "strips": Markup(figures.psnr_strips(run)),
-        "curves": Markup(figures.loss_curves(run)),
+        "strips": figures.psnr_strips(run),
+        "curves": figures.loss_curves(run),
         "most": figures.most_curves(run),
-        "race": Markup(race.figure(run)),
+        "race": race.figure(run),
         "leaders": [(f"{t:.2g}", attack, f"{p:.1f}") for t, attack, p in race.winners(run)],
-        "band": Markup(bounds.figure(header)),
+        "band": bounds.figure(header),
         "gaps": bounds.table(header),
         "bounded": bounds.lines(header),
-        "bars": Markup(figures.psnr_bars(run) if len(arms) <= BARS else ""),
+        "bars": figures.psnr_bars(run) if len(arms) <= BARS else "",
         "threats": words.threat_model(header, run.batch),
     }  # fmt: skip
 
 
 def _training(run: training.Trained, name: str = "curves") -> dict[str, Any]:
-    from markupsafe import Markup
-
-    return _of_run(run.header) | {
-        "verdict": training.verdict(run.header),
-        "curves": Markup(plots.training_curves(run, name)),
-        "privacy": Markup(privacy.figure([("", run)])),
+    return _of_run(run.header, training.verdict(run.header), headline.training(run.header)) | {
+        "curves": plots.training_curves(run, name),
+        "privacy": privacy.figure([("", run)]),
         "columns": [title.replace("\n", " ") for title in training.heads(run.header)],
         "rows": training.rows(run.header),
         "labels": _labels([run.header]),
@@ -146,11 +176,9 @@ def _training(run: training.Trained, name: str = "curves") -> dict[str, Any]:
 
 def _front(joined: study.Joined, out: Path, whole: bool = True) -> dict[str, Any]:
     """The frontier of a study or a comparison: plot, table, notes, and its parts, with their numbers if `whole`."""
-    from markupsafe import Markup
-
     shown = len(plots.plotted(joined.points))
     return {
-        "frontier": Markup(plots.frontier(joined.points)),
+        "frontier": plots.frontier(joined.points),
         "numbered": shown > plots.NAMED,
         "absent": len(joined.points) - shown,
         "heads": [title.replace("\n", " ") for title in compare.HEADS],
@@ -166,7 +194,15 @@ def _study(joined: study.Joined, out: Path) -> dict[str, Any]:
     aside["side"] = parts.rows(joined.lines) if joined.aside else []
     aside["varied"] = parts.varied(joined.headers()) if joined.aside else {}
     aside |= _trainings(joined)
-    return _of_run(joined.header) | {"verdict": study.verdict(joined)} | aside | _front(joined, out)
+    of_run = _of_run(joined.header, study.verdict(joined), headline.frontier(joined.points))
+    of_run |= {"ledger": epsilons.table(joined.headers())}
+    return of_run | aside | _front(joined, out)
+
+
+def _missing(keys: list[str]) -> list[str]:
+    """What a page lacks because tensors are gone."""
+    gone = f"{len(keys)} file{'' if len(keys) == 1 else 's'} of tensors"
+    return [f"{gone} of this run were removed: pictures and curves that need them are left out."] if keys else []
 
 
 def _labels(headers: list[dict[str, Any]]) -> dict[str, Any]:
@@ -178,16 +214,14 @@ def _labels(headers: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _trainings(joined: study.Joined) -> dict[str, Any]:
     """Trainings side by side: their table, and accuracy over ε."""
-    from markupsafe import Markup
-
     runs = [(name, training.load(folder)) for name, folder in joined.trainings().items()]
     return {
         "trained": joined.trained, "trained_heads": privacy.HEADS if joined.trained else (),
         "trained_rows": privacy.rows(joined.lines) if joined.trained else [],
-        "privacy": Markup(privacy.figure(runs)) if runs else "",
+        "privacy": privacy.figure(runs) if runs else "",
         "labels": _labels([run.header for _, run in runs]),
-        "panels": Markup(nominal_panels.figure(runs)),
-        "over_epsilon": Markup(privacy_frontier.figure(joined.points)),
+        "panels": nominal_panels.figure(runs),
+        "over_epsilon": privacy_frontier.figure(joined.points),
         "epsilon_heads": [title.replace("\n", " ") for title in privacy_frontier.HEADS],
         "epsilon_rows": privacy_frontier.rows(joined.points),
         "epsilon_note": privacy_frontier.NOTE,
@@ -196,15 +230,13 @@ def _trainings(joined: study.Joined) -> dict[str, Any]:
 
 def _part(i: int, part: study.Named, out: Path, whole: bool) -> dict[str, Any]:
     """A part's section: its sentence, its numbers, and where its own page is."""
-    from markupsafe import Markup
-
     header = part.header or {}
     made: dict[str, Any] = {"name": part.name, "kind": header.get("kind"), "status": header.get("status", "unfinished")}
     made |= {"said": study.sentence(part), "page": compare.page(part.folder, out), "folder": str(part.folder)}
     made |= {"columns": [], "curves": "", "rows": [], "channels": {}}
     if whole and made["kind"] == "training":
         trained = training.load(part.folder)
-        made["curves"] = Markup(plots.training_curves(trained, f"part{i}"))
+        made["curves"] = plots.training_curves(trained, f"part{i}")
         made["columns"] = [title.replace("\n", " ") for title in training.heads(header)]
         made["rows"] = training.rows(header)
     elif whole and made["kind"] == "audit":

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qleak.report.figures import svg, tidy
+from qleak.report.drawn import svg, tidy
 from qleak.report.training import Band, Trained
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def figure(runs: Sequence[tuple[str, Trained]], name: str = "nominal") -> str:
                 look = line_of(names.index(part))
                 axes.plot(band.at, [100 * v for v in band.mean], marker="o", markersize=3, label=part, **look)
                 low, high = ([100 * v for v in side] for side in (band.low, band.high))
-                axes.fill_between(band.at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(band.at, low, high, color=look["color"], alpha=0.15, linewidth=0, label=f"_{part}")
             axes.set(title=f"nominal ε {label:g}", ylim=(0, 100))
             tidy(axes)
             if i % columns == 0:

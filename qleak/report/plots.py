@@ -8,7 +8,7 @@ from itertools import pairwise
 from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
-from qleak.report.figures import COLOURS, INK, STYLES, svg, tidy
+from qleak.report.drawn import COLOURS, INK, STYLES, svg, tidy
 from qleak.report.frontier import Point
 from qleak.report.training import MEASURES, Trained
 
@@ -56,13 +56,16 @@ def frontier(points: Sequence[Point]) -> str:
                 "xerr": _sides(at[0], p.psnr_ci, 1),
                 "yerr": _sides(at[1], p.test_accuracy_ci, 100),
             }
-            axes.errorbar(*at, **sides, fmt="none", ecolor=colour, elinewidth=1, alpha=0.55)
+            axes.errorbar(*at, **sides, fmt="none", ecolor=colour, elinewidth=1, alpha=0.55, label=f"_{p.channel}")
             edge = {"markeredgecolor": INK, "markeredgewidth": 1.4 if p.front else 0.5}
-            axes.plot(*at, "o", color=colour, markersize=4 + 1.4 * log, **edge)
+            axes.plot(*at, "o", color=colour, markersize=4 + 1.4 * log, label=f"_{p.channel}", **edge)
         front = sorted((p.psnr or 0.0, 100 * (p.test_accuracy or 0.0)) for p in shown if p.front)
-        axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, linewidth=1, linestyle="--", zorder=1)
+        axes.plot(*zip(*front, strict=True), drawstyle="steps-post", color=INK, linewidth=1, linestyle="--", zorder=1,
+                  label="_Pareto front")  # fmt: skip
         axes.set(xlabel="PSNR of the strongest attack, dB (to the left: more private)", ylabel="test accuracy, %")
         axes.margins(0.12)
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -4), min(high, 106))  # an interval over few seeds may leave what accuracies can be
         bar = figure.colorbar(ScalarMappable(norm, scale), ax=axes, fraction=0.03, pad=0.02, alpha=1)
         bar.set_ticks([0, 1, 2, 3, 4, 5], labels=["≤1", "2", "4", "8", "16", "32"])
         bar.set_label("bits/coordinate")
@@ -107,7 +110,7 @@ def training_curves(run: Trained, name: str = "curves") -> str:
                 look = line_of(channels.index(channel))
                 mean, low, high = ([factor * v for v in side] for side in band[1:])
                 handles[channel] = axes.plot(band.at, mean, label=channel, **look)[0]
-                axes.fill_between(band.at, low, high, color=look["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(band.at, low, high, color=look["color"], alpha=0.15, linewidth=0, label=f"_{channel}")
             axes.set(title=MEASURES[measure], xlabel="epoch", ylabel="%" if factor == 100 else "")
             if factor == 100:  # an interval over few seeds may leave what accuracies can be
                 low, high = axes.get_ylim()

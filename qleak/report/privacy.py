@@ -15,7 +15,7 @@ from rich.text import Text
 from qleak import store
 from qleak.report import words
 from qleak.report.compare import accuracy
-from qleak.report.figures import INK, svg, tidy
+from qleak.report.drawn import INK, svg, tidy
 from qleak.report.training import Trained
 
 if TYPE_CHECKING:

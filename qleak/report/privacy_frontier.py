@@ -13,7 +13,7 @@ from rich.text import Text
 
 from qleak.report import words
 from qleak.report.compare import accuracy, rebuilt
-from qleak.report.figures import svg, tidy
+from qleak.report.drawn import svg, tidy
 from qleak.report.frontier import Point
 from qleak.report.plots import line_of
 
@@ -111,10 +111,14 @@ def figure(points: Sequence[Point]) -> str:
                 around = [getattr(p, ci) or (getattr(p, field),) * 2 for p in mine]
                 sides = [[max(m - factor * a[0], 0) for m, a in zip(mean, around, strict=True)],
                          [max(factor * a[1] - m, 0) for m, a in zip(mean, around, strict=True)]]  # fmt: skip
-                handles[name] = axes.errorbar(at, mean, yerr=sides, marker="o", markersize=4, capsize=2, **line_of(k))
+                handles[name] = axes.errorbar(
+                    at, mean, yerr=sides, marker="o", markersize=4, capsize=2, label=f"_{name}", **line_of(k)
+                )
             for j, p in enumerate([p for p in shown if p.epsilon_message is None and getattr(p, field) is not None]):
                 colour = line_of(len(families) + j)["color"]
-                handles[f"{p.channel} (no ε)"] = axes.axhline(factor * getattr(p, field), color=colour, linestyle="--")
+                name = f"{p.channel} (no ε)"
+                level = axes.axhline(factor * getattr(p, field), color=colour, linestyle="--", label=f"_{name}")
+                handles[name] = level
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))  # the usual one writes mathematics
             axes.xaxis.set_minor_formatter(NullFormatter())
@@ -124,7 +128,7 @@ def figure(points: Sequence[Point]) -> str:
             list(handles.values()), list(handles), loc="outside lower center", ncols=2, frameon=False, fontsize=8
         )
 
-    return svg("privacy", (8.6, 5.4 + 0.1 * len(families)), draw)
+    return svg("over-epsilon", (8.6, 5.4 + 0.1 * len(families)), draw)
 
 
 def _epsilon(value: float | None) -> str:

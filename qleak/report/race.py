@@ -6,7 +6,7 @@ from statistics import fmean
 from textwrap import fill
 from typing import TYPE_CHECKING
 
-from qleak.report.figures import COLOURS, STYLES, svg, tidy
+from qleak.report.drawn import COLOURS, STYLES, svg, tidy
 from qleak.report.stored import Stored
 
 if TYPE_CHECKING:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from einops import repeat
 from torch import Tensor
@@ -40,6 +41,7 @@ class Stored:
         labels: their classes.
         chunks: the tensors of every chunk that a row points to.
         batch: number of images in one update.
+        missing: keys of tensors that are gone: what needs them is left out.
     """
 
     folder: Path
@@ -49,6 +51,11 @@ class Stored:
     labels: dict[int, int]
     chunks: dict[str, dict[str, Tensor]]
     batch: int
+    missing: list[str] = field(default_factory=list)
+
+    def held(self, row: Row) -> bool:
+        """Whether the tensors of a row are (still) there."""
+        return row["chunk"] in self.chunks
 
     def arms(self) -> list[Arm]:
         """Every channel × attack that has rows."""
@@ -74,7 +81,9 @@ class Stored:
         return sorted((c for c in curves if c.at), key=lambda c: not c.selected)[:most]
 
     def _curve(self, rows: list[Row]) -> Curve:
-        chunk, lane = self.chunks[rows[0]["chunk"]], rows[0]["lane"]
+        chunk, lane = self.chunks.get(rows[0]["chunk"], {}), rows[0]["lane"]
+        if "curve" not in chunk:
+            return Curve([], [], False)
         # A frozen lane repeats its last loss until the whole chunk has ended.
         points = zip(chunk["curve_at"].tolist(), chunk["curve"][:, lane].tolist(), strict=True)
         kept = [(at, loss) for at, loss in points if at <= rows[0]["closures"] and math.isfinite(loss)]
@@ -95,13 +104,27 @@ def load(folder: Path) -> Stored:
     # The summary is in the plan's order, rows in that of the workers.
     order = {(s["channel"], s["attack"]): i for i, s in enumerate(header.get("summary") or [])}
     rows.sort(key=lambda r: order.get((r.get("channel"), r.get("attack")), len(order)))
-    victims = store.read_tensors(folder, "victims")
+    chunks, missing = {}, []
+    for key in dict.fromkeys(r["chunk"] for r in rows if "chunk" in r):
+        if (found := _tensors(folder, f"chunk-{key}")) is None:
+            missing.append(f"chunk-{key}")
+        else:
+            chunks[key] = found
+    victims = _tensors(folder, "victims")
+    if victims is None:
+        batch = 1 + max(r["image"] - max(v for v in header["plan"]["victims"] if v <= r["image"]) for r in rows)
+        return Stored(folder, header, rows, {}, {}, chunks, batch, ["victims", *missing])
     batch = victims["x"].shape[1]
     images = [start + j for start in header["plan"]["victims"] for j in range(batch)]
     originals = dict(zip(images, victims["x"].flatten(0, 1).float(), strict=True))
     labels = dict(zip(images, victims["y"].flatten().tolist(), strict=True))
-    chunks = {key: store.read_tensors(folder, f"chunk-{key}") for key in dict.fromkeys(r["chunk"] for r in rows)}
-    return Stored(folder, header, rows, originals, labels, chunks, batch)
+    return Stored(folder, header, rows, originals, labels, chunks, batch, missing)
+
+
+def _tensors(folder: Path, key: str) -> dict[str, Tensor] | None:
+    """Tensors of a run; None where they were removed. A damaged file is said."""
+    held = (folder / "tensors" / f"{quote(key, safe='=,+@()')}.safetensors").is_file()
+    return store.read_tensors(folder, key) if held else None
 
 
 def by_arm(header: dict[str, Any]) -> dict[Arm, dict[str, Any]]:

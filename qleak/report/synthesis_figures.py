@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from qleak.report.figures import INK, svg, tidy
+from qleak.report.drawn import INK, svg, tidy
 from qleak.report.plots import line_of
 from qleak.report.synthesis import Curve, Made, bare
 
@@ -31,13 +31,19 @@ def curves(run: Made) -> str:
         handles: dict[str, Any] = {}
         for arm, curve in found.items():
             look = line_of(arms.index(arm))
-            handles[arm] = left.plot(curve.at, _percent(curve.mean), **look)[0]
+            handles[arm] = left.plot(curve.at, _percent(curve.mean), label=f"_{arm}", **look)[0]
             left.fill_between(
-                curve.at, _percent(curve.low), _percent(curve.high), color=look["color"], alpha=0.15, linewidth=0
+                curve.at,
+                _percent(curve.low),
+                _percent(curve.high),
+                color=look["color"],
+                alpha=0.15,
+                linewidth=0,
+                label=f"_{arm}",
             )
             spent = _known(curve)
             if spent:
-                right.plot([t for t, _, _ in spent], [e for _, e, _ in spent], **look)
+                right.plot([t for t, _, _ in spent], [e for _, e, _ in spent], label=f"_{arm}", **look)
         _floors(left, run, handles)
         if len(handles) and not right.lines:
             right.text(0.5, 0.5, "no arm has an ε", ha="center", va="center", transform=right.transAxes)
@@ -74,17 +80,19 @@ def budgets(run: Made) -> str:
                 way = [(e, a) for _, e, a in _known(run.curve(s["method"])) if e > 0]
                 if len(way) > 1 and s["epsilon"] is not None:
                     thin: Any = look | {"linewidth": 0.9, "alpha": 0.6}
-                    axes.plot([e for e, _ in way], [a for _, a in way], **thin)
+                    axes.plot([e for e, _ in way], [a for _, a in way], label=f"_{s['method']} · on the way", **thin)
             if ended:
-                handles[family] = _points(axes, ended, **look, marker="o", markersize=5)
+                handles[family] = _points(axes, ended, **look, marker="o", markersize=5, label=f"_{family}")
             for s in (s for s in mine if s["epsilon"] is None):
                 style: Any = {"color": look["color"], "linestyle": "--", "linewidth": 1}
-                handles[f"{family} (no ε)"] = axes.axhline(100 * s["accuracy"], **style)
+                handles[f"{family} (no ε)"] = axes.axhline(100 * s["accuracy"], label=f"_{family} (no ε)", **style)
         floors = sorted((s for s in known if s["floor"]), key=lambda s: s["epsilon"])
         if len(floors) == 1:
             _floors(axes, run, handles)
         elif floors:
-            handles["one noisy average"] = _points(axes, floors, color=INK, linestyle="--", marker="s", markersize=4)
+            handles["one noisy average"] = _points(
+                axes, floors, color=INK, linestyle="--", marker="s", markersize=4, label="_one noisy average"
+            )
         spread = [s["epsilon"] for s in known]
         if max(spread) > WIDE * min(spread):
             _logarithmic(axes)
@@ -118,8 +126,10 @@ def _floors(axes: Axes, run: Made, handles: dict[str, Any]) -> None:
     found = [s for s in run.header.get("summary") or [] if s["floor"] and s["accuracy"] is not None]
     for s, style in zip(found, ("--", ":", "-.", (0, (1, 4)), (0, (5, 6))) * len(found), strict=False):
         low, high = _interval(s)
-        handles[s["method"]] = axes.axhline(100 * s["accuracy"], color=INK, linestyle=style, linewidth=1)
-        axes.axhspan(low, high, color=INK, alpha=0.1, linewidth=0)
+        handles[s["method"]] = axes.axhline(
+            100 * s["accuracy"], color=INK, linestyle=style, linewidth=1, label=f"_{s['method']}"
+        )
+        axes.axhspan(low, high, color=INK, alpha=0.1, linewidth=0, label=f"_{s['method']}")
 
 
 def _known(curve: Curve) -> list[tuple[int, float, float]]:

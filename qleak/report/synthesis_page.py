@@ -28,8 +28,6 @@ FACTS = (
 
 def context(run: Made) -> dict[str, Any]:
     """Everything the template needs beside what all pages say."""
-    from markupsafe import Markup
-
     header = {k: v for k, v in run.header.items() if k != "facts"}  # the template's own table is of channels
     found = run.header.get("summary") or []
     flat = {"number": None, "front": False}
@@ -39,8 +37,8 @@ def context(run: Made) -> dict[str, Any]:
         "sheets": pictures(run),
         "heads": _heads(HEADS),
         "rows": [flat | {"channel": s["method"], "cells": cells(s)} for s in found],
-        "curves": Markup(synthesis_figures.curves(run)),
-        "budgets": Markup(synthesis_figures.budgets(run)),
+        "curves": synthesis_figures.curves(run),
+        "budgets": synthesis_figures.budgets(run),
         "quality_heads": _heads(QUALITY),
         "quality": [flat | {"channel": s["method"], "cells": quality(s)} for s in found if s["distance"] is not None],
         "judge_heads": _heads(JUDGES),
