@@ -13,75 +13,109 @@ setup:
 test *args:
     pytest -n auto --dist loadfile {{args}}
 
-# all tests, slow ones included
+# all tests that CI runs, slow ones included
 [group('dev')]
 test-all:
     pytest -n auto --dist loadfile --slow
+
+# the same with branch coverage of qleak/
+[group('dev')]
+coverage:
+    pytest -n auto --dist loadfile --slow --cov --cov-report=term:skip-covered
+
+# tests at full size, for the figures they print (some minutes; CI runs small versions of them)
+[group('dev')]
+evidence *args:
+    pytest --evidence -m evidence -s {{args}}
 
 # lint and types
 [group('dev')]
 lint:
     ruff check . && ruff format --check . && pyright
 
+# the pages and the reference, into site/ (extra: docs)
+[group('dev')]
+docs:
+    mkdocs build --strict
+
+# the tutorial's notebook and figure, from its page
+[group('dev')]
+tutorial:
+    python scripts/make_tutorial.py
+
 # what CI runs, in a fresh environment
 [group('dev')]
 ci:
     bash .ci/run
 
-# train and write the shipped weights (needs MNIST: qleak data fetch mnist)
-[group('reproduce')]
+# the shipped weights (needs MNIST: qleak data fetch mnist), assets/demo.gif and assets/method.svg
+[group('assets')]
 assets:
     python scripts/make_assets.py
+    python scripts/make_demo.py
+    python scripts/make_method.py
 
 # the shipped example run
-[group('reproduce')]
+[group('assets')]
 example:
     python scripts/make_example.py
 
 # the README's picture, from a stored run
-[group('reproduce')]
+[group('assets')]
 picture:
     python scripts/make_picture.py
 
 # speed against the sequential twin, interleaved
-[group('reproduce')]
+[group('speed')]
 bench *args:
     python benchmarks/bench.py {{args}}
 
-# the recipes of issue size, their docstrings compared with what comes out
+# every recipe as its claims have it, resumable: `--list` (times, data), `--shard 2/8`, `--full` (the papers' size), names
 [group('reproduce')]
-verify:
-    python scripts/verify.py
+reproduce *args:
+    python -m scripts.reproduce {{args}}
 
-# every recipe at default size, resumable
+# every recipe in its smallest setting, embedded data only
 [group('reproduce')]
-reproduce:
-    for recipe in {{recipes}}; do qleak recipe run $recipe || exit 1; done
-    qleak recipe run accuracy_under_channel --data cifar10-12k
+smoke *args:
+    python -m scripts.smoke {{args}}
 
-# every recipe at the papers' size, resumable
+# every docstring's claims against stored runs (results/, then runs/), nothing is run; `--rerun` makes the runs afresh
 [group('reproduce')]
-full:
-    for recipe in {{recipes}}; do qleak recipe run $recipe --full || exit 1; done
+verify *args:
+    python -m scripts.verify {{args}}
+
+# finished runs' numbers into results/, small enough to commit
+[group('reproduce')]
+keep +runs:
+    python -m scripts.keep {{runs}}
+
+# the tables of docs/results.md, from results/
+[group('reproduce')]
+results *args:
+    python -m scripts.results {{args}}
+
+# every stored run's page again, from its files alone
+[group('reproduce')]
+report out="runs":
+    for run in {{out}}/*/run.json; do qleak report "$(dirname "$run")" > /dev/null && echo "$(dirname "$run")/report.html"; done
 
 # closures a second against the sequential closure, one core and two
-[group('reproduce')]
+[group('speed')]
 bench-closures *args:
     python benchmarks/closures.py {{args}}
 
 # correctness and rates on one CUDA device; without one it says so
-[group('reproduce')]
+[group('speed')]
 gpu *args:
     python benchmarks/gpu.py {{args}}
 
 # together against one after another: many trainings as lanes of one
-[group('reproduce')]
+[group('speed')]
 bench-lanes:
     python benchmarks/lanes.py
 
 # two Flower clients whose updates are recorded, in an environment of its own (fetches Flower)
-[group('reproduce')]
+[group('other systems')]
 flower out="":
     bash examples/flower/run.sh {{out}}
-
-recipes := "pretrained_int8 untrained_int8 quantization_sweep attackers rounds_to_recovery accuracy_under_channel frontier dlg_defences convergence_stage seeds"

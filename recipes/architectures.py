@@ -17,7 +17,6 @@ Claims:
     hidden-256 fp32 cells psnr_selected >= 100
 """
 
-from qleak.attacks import cells
 from qleak.catalog import build, several
 from qleak.check import at_least, whole
 from qleak.data import load
@@ -35,6 +34,7 @@ def architectures(
     init: str = "wide",
     channels: str = "chain()",
     restarts: int = 1,
+    attacks: str = "all",
     full: bool = False,
 ) -> Study:
     """The plan.
@@ -49,6 +49,7 @@ def architectures(
         init: weights of the convolutional nets, "wide" or "default".
         channels: channels separated by ";".
         restarts: random starts on each image.
+        attacks: "all", or attacks separated by ";".
         full: 32 images, 8 restarts.
     """
     whole(images=images)
@@ -65,7 +66,7 @@ def architectures(
             data=data,
             victims=spread(len(found.x), 1, 32 if full else images),
             channels=several("channels", channels, ("chain()",)),
-            attacks=(cells(),),
+            attacks=several("attacks", attacks, ("cells()",)),
             restarts=8 if full else restarts,
             wrong=1,
             chunk=4,

@@ -20,7 +20,6 @@ Claims:
     sign cells psnr_selected <= 9
 """
 
-from qleak.attacks import adaptive, cells
 from qleak.catalog import build, several
 from qleak.plans import Audit
 
@@ -42,6 +41,7 @@ def attackers(
     restarts: int = 1,
     model: str = "lenet",
     data: str = "photos",
+    attacks: str = "all",
     full: bool = False,
 ) -> Audit:
     """The plan.
@@ -52,18 +52,17 @@ def attackers(
         restarts: restarts on each of them.
         model: a model of `qleak ls models`, or run:ID.
         data: a data set that fits it.
+        attacks: "all", or attacks separated by ";".
         full: 8 restarts.
     """
-    same = {"weight": 0.3, "fade": 0.3, "stages": 9, "steps": 50, "last": 50, "path": True, "labels": "auto"}
+    same = "weight=0.3, fade=0.3, stages=9, steps=50, last=50, path=True, labels='auto'"
+    readings = (f"cells(objective={o!r}, {same})" for o in ("l2", "cosine", "weighted", "straight_through"))
     return Audit(
         model=build("models", model),
         data=data,
         victims=tuple(range(images)),
         channels=several("channels", channels, CHANNELS),
-        attacks=(
-            *(cells(objective=o, **same) for o in ("l2", "cosine", "weighted", "straight_through")),
-            adaptive(),
-        ),
+        attacks=several("attacks", attacks, (*readings, "adaptive()")),
         restarts=8 if full else restarts,
         wrong=1,
     )

@@ -15,7 +15,6 @@ Claims:
     batch-8 fp32 cells label_accuracy >= 0.99
 """
 
-from qleak.attacks import cells
 from qleak.catalog import several
 from qleak.client import gradient
 from qleak.plans import Audit, Study
@@ -29,6 +28,7 @@ def batch_size(
     blocks: int = 2,
     channels: str = "chain()",
     restarts: int = 1,
+    attacks: str = "all",
     full: bool = False,
 ) -> Study:
     """The plan.
@@ -40,6 +40,7 @@ def batch_size(
         blocks: blocks of as many images as the largest batch holds.
         channels: channels separated by ";".
         restarts: random starts on each batch.
+        attacks: "all", or attacks separated by ";".
         full: batches of 1 to 64, 4 restarts.
     """
     sizes = numbers("1,2,4,8,16,32,64" if full else batches, "batches")
@@ -51,7 +52,7 @@ def batch_size(
             data=data,
             victims=cut(places, sizes[-1], b),
             channels=several("channels", channels, ("chain()",)),
-            attacks=(cells(),),
+            attacks=several("attacks", attacks, ("cells()",)),
             client=gradient(batch=b),
             restarts=4 if full else restarts,
             wrong=1,

@@ -16,11 +16,12 @@ Claims:
     uniform(bits=8) round-2000.dlg psnr_selected <= 20
 """
 
-from qleak.attacks import adaptive, cells, closed_form, dlg, refine
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.client import gradient
 from qleak.plans import Training
 from qleak.train import adam
+
+OTHERS = ("cells(slack=1.0)", "adaptive()", "refine()", "closed_form()")
 
 
 def convergence_stage(
@@ -31,6 +32,7 @@ def convergence_stage(
     limit: int = 2000,
     victims: int = 4,
     lr: float = 1e-3,
+    attacks: str = "all",
     full: bool = False,
 ) -> Training:
     """The plan.
@@ -43,6 +45,7 @@ def convergence_stage(
         limit: training images of an epoch, one image a round.
         victims: training images attacked.
         lr: learning rate of Adam.
+        attacks: "all", or attacks separated by ";".
         full: the 2019 attack at 300 × 20 closures.
     """
     return Training(
@@ -56,6 +59,6 @@ def convergence_stage(
         limit=limit,
         seeds=1,
         attack_rounds=tuple(int(r) for r in rounds.split(",")),
-        attacks=(dlg(outer=300 if full else 20), cells(slack=1.0), adaptive(), refine(), closed_form()),
+        attacks=several("attacks", attacks, (f"dlg(outer={300 if full else 20})", *OTHERS)),
         victims=victims,
     )

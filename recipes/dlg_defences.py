@@ -22,7 +22,6 @@ Claims:
     gaussian(sigma=0.1, unbounded=True) study test_accuracy <= 0.2
 """
 
-from qleak.attacks import adaptive, dlg
 from qleak.catalog import build, several
 from qleak.client import gradient
 from qleak.plans import Audit, Study, Training
@@ -42,33 +41,37 @@ CHANNELS = (
 
 
 def dlg_defences(
+    channels: str = "all",
     images: int = 4,
     restarts: int = 1,
     data: str = "fashion_mnist",
     epochs: int = 2,
     limit: int = 4000,
     seeds: int = 3,
+    attacks: str = "all",
     full: bool = False,
 ) -> Study:
     """The plan.
 
     Args:
+        channels: "all", or channels separated by ";".
         images: photographs attacked.
         restarts: restarts on each of them.
         data: the set that is learnt.
         epochs: passes over the training images.
         limit: training images; 0 for all.
         seeds: trainings per channel.
+        attacks: "all", or attacks separated by ";".
         full: the 2019 attack at 300 × 20 closures and 16 restarts, all images, 10 epochs.
     """
-    chosen = several("channels", "all", CHANNELS)
+    chosen = several("channels", channels, CHANNELS)
     grey = not data.startswith(("cifar", "svhn"))
     audit = Audit(
         model=build("models", "lenet"),
         data="photos",
         victims=tuple(range(images)),
         channels=chosen,
-        attacks=(dlg(outer=300 if full else 30), adaptive()),
+        attacks=several("attacks", attacks, (f"dlg(outer={300 if full else 30})", "adaptive()")),
         restarts=16 if full else restarts,
         wrong=1,
     )

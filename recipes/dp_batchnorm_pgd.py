@@ -46,6 +46,7 @@ def dp_batchnorm_pgd(
     adv_num_steps: int = 3,
     public: str = "fashion_mnist",
     public_size: int = 30,
+    public_skip: int = 0,
     limit: int = 12800,
     test: int = 2000,
     seeds: int = 3,
@@ -69,6 +70,7 @@ def dp_batchnorm_pgd(
         adv_num_steps: its steps, in training and in measuring.
         public: data set of the public images.
         public_size: how many of them.
+        public_skip: how many in front of them are left out.
         limit: training images; 0 for all.
         test: test images; 0 for all.
         seeds: trainings of each part.
@@ -82,7 +84,7 @@ def dp_batchnorm_pgd(
             for rate in levels(tune_lr, "tune_lr") if tune_lr else [lr or (0.1 if multiplier <= 1 else 0.01)]:
                 net = lenet5(function="relu", pool="max", norm=norm) if grey else resnet18(norm=norm, affine=False)
                 if norm == "batch":
-                    net = public_norm(net, "joint", public, public_size)
+                    net = public_norm(net, "joint", public, public_size, skip=public_skip)
                 client = per_loss(batch_size) if net.couples else per_example(batch_size)
                 client = adversarial(client, adv_alpha, adv_step_size, steps) if robust else client
                 names.append(f"noise{multiplier:g}-{norm}" + (f"-lr{rate:g}" if tune_lr else ""))

@@ -42,6 +42,7 @@ def dp_robust_honest(
     attack: str = "pgd",
     public: str = "fashion_mnist",
     public_size: int = 128,
+    public_skip: int = 0,
     target_epsilon: float = 0.0,
     limit: int = 12800,
     test: int = 2000,
@@ -63,6 +64,7 @@ def dp_robust_honest(
         attack: how robust accuracy is measured: fgsm, pgd, apgd or ensemble.
         public: data set of the public images.
         public_size: how many of them.
+        public_skip: how many in front of them are left out.
         target_epsilon: a training stops before its ε exceeds this; 0: no budget.
         limit: training images; 0 for all.
         test: test images; 0 for all.
@@ -71,7 +73,7 @@ def dp_robust_honest(
     """
     nets = {name: lenet5(function="relu", pool="max", norm=name) for name in ("none", "layer", "group")}
     batch_norm = lenet5(function="relu", pool="max", norm="batch")
-    nets["public"] = public_norm(batch_norm, "public-detached", public, public_size)
+    nets["public"] = public_norm(batch_norm, "public-detached", public, public_size, skip=public_skip)
     client = per_example(batch)
     channels = [chain(clip_l2(clip), total(), gaussian(sigma=z * clip), mean(batch)) for z in levels(sigma, "sigma")]
     names = tuple(name.strip() for name in normalization.split(","))

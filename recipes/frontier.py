@@ -17,7 +17,6 @@ Claims:
     gaussian(sigma=0.1, unbounded=True) study test_accuracy <= 0.25
 """
 
-from qleak.attacks import adaptive, dlg
 from qleak.catalog import build, several
 from qleak.client import gradient
 from qleak.plans import Audit, Study, Training
@@ -49,6 +48,7 @@ def frontier(
     epochs: int = 2,
     limit: int = 6000,
     seeds: int = 3,
+    attacks: str = "all",
     full: bool = False,
 ) -> Study:
     """The plan.
@@ -62,6 +62,7 @@ def frontier(
         epochs: passes over the training images.
         limit: training images; 0 for all.
         seeds: trainings per channel.
+        attacks: "all", or attacks separated by ";".
         full: 16 restarts, all images, 10 epochs.
     """
     chosen = several("channels", channels, CHANNELS)
@@ -71,7 +72,7 @@ def frontier(
         data=data,
         victims=tuple(range(images)),
         channels=chosen,
-        attacks=(dlg(outer=300 if full else 20), adaptive()),
+        attacks=several("attacks", attacks, (f"dlg(outer={300 if full else 20})", "adaptive()")),
         restarts=16 if full else restarts,
         wrong=1,
     )

@@ -17,7 +17,8 @@ Claims:
     steps-4 fp32 one_gradient psnr_selected <= 10
 """
 
-from qleak.attacks import any_order, cells, one_gradient
+from qleak.attacks import any_order, one_gradient
+from qleak.catalog import build
 from qleak.channels import identity
 from qleak.check import Expected
 from qleak.client import local_sgd
@@ -35,6 +36,7 @@ def local_steps(
     data: str = "mnist",
     clients: int = 2,
     restarts: int = 1,
+    attack: str = "cells(stages=5, steps=60, last=100)",
     full: bool = False,
 ) -> Study:
     """The plan.
@@ -48,13 +50,14 @@ def local_steps(
         data: a data set that fits it, in mixed order.
         clients: clients attacked, each with images of its own.
         restarts: random starts on each client.
+        attack: of the steps simulated, and of their sum taken for a gradient.
         full: 8 images, K from 1 to 32, 8 clients, 4 restarts.
     """
     counts = numbers("1,2,4,8,16,32" if full else steps, "steps")
     images, clients = (8, 8) if full else (images, clients)
     net, count = fitting(model, data)
     victims = spread(count, images, clients)
-    plain = cells(stages=5, steps=60, last=100)
+    plain = build("attacks", attack)
     parts = [
         Audit(
             model=net,

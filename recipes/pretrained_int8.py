@@ -14,10 +14,11 @@ Claims:
     fp32 closed_form psnr_selected >= 100
 """
 
-from qleak.attacks import cells, closed_form, dlg, idlg, refine
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.channels import chain, identity, uniform
 from qleak.plans import Audit
+
+OTHERS = ("cells(slack=1.0)", "refine()", "closed_form()")
 
 
 def pretrained_int8(
@@ -27,6 +28,7 @@ def pretrained_int8(
     first: int = 100,
     model: str = "lenet-mnist",
     data: str = "mnist5k",
+    attacks: str = "all",
     full: bool = False,
 ) -> Audit:
     """The plan.
@@ -38,6 +40,7 @@ def pretrained_int8(
         first: index of the first one.
         model: a model of `qleak ls models`.
         data: a data set of 28×28 grey images.
+        attacks: "all", or attacks separated by ";".
         full: the papers' size: 32 restarts, 300 × 20 closures.
     """
     outer = 300 if full else 20
@@ -46,6 +49,6 @@ def pretrained_int8(
         data=data,
         victims=tuple(first + 5000 // victims * i for i in range(victims)) if victims > 0 else (),
         channels=(identity(), chain(uniform(bits=bits))),
-        attacks=(dlg(outer=outer), idlg(outer=outer), cells(slack=1.0), refine(), closed_form()),
+        attacks=several("attacks", attacks, (f"dlg(outer={outer})", f"idlg(outer={outer})", *OTHERS)),
         restarts=32 if full else seeds,
     )

@@ -27,7 +27,6 @@ Claims:
     sign dlg psnr_selected <= 7
 """
 
-from qleak.attacks import adaptive, dlg
 from qleak.catalog import build, several
 from qleak.channels import Channel
 from qleak.channels import rounds as sent_again
@@ -65,6 +64,7 @@ def quantization_sweep(
     images: int = 6,
     model: str = "lenet",
     data: str = "photos",
+    attacks: str = "all",
     full: bool = False,
 ) -> Audit:
     """The plan.
@@ -76,6 +76,7 @@ def quantization_sweep(
         images: the first so many images of the set.
         model: a model of `qleak ls models`, or run:ID.
         data: a data set that fits it.
+        attacks: "all", or attacks separated by ";".
         full: the 2019 attack at its paper's 300 × 20 closures, 32 restarts.
     """
     return Audit(
@@ -83,7 +84,7 @@ def quantization_sweep(
         data=data,
         victims=tuple(range(images)),
         channels=tuple(repeated(c, rounds) for c in several("channels", channels, GRID)),
-        attacks=(dlg(outer=300 if full else 20), adaptive()),
+        attacks=several("attacks", attacks, (f"dlg(outer={300 if full else 20})", "adaptive()")),
         restarts=32 if full else seeds,
         wrong=1,
     )

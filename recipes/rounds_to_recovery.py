@@ -14,7 +14,6 @@ Claims:
     rounds(channel=chain(gaussian(sigma=0.1, unbounded=True)), times=64) adaptive psnr_selected >= 20
 """
 
-from qleak.attacks import adaptive
 from qleak.catalog import build, several
 from qleak.channels import rounds
 from qleak.plans import Audit
@@ -26,6 +25,7 @@ def rounds_to_recovery(
     images: int = 3,
     model: str = "lenet",
     data: str = "photos",
+    attacks: str = "all",
     full: bool = False,
 ) -> Audit:
     """The plan.
@@ -36,6 +36,7 @@ def rounds_to_recovery(
         images: the first so many images of the set.
         model: a model of `qleak ls models`, or run:ID.
         data: a data set that fits it.
+        attacks: "all", or attacks separated by ";".
         full: 8 restarts on six images.
     """
     return Audit(
@@ -43,7 +44,7 @@ def rounds_to_recovery(
         data=data,
         victims=tuple(range(6 if full else images)),
         channels=tuple(rounds(c, int(k)) for c in several("channels", channels, ()) for k in times.split(",")),
-        attacks=(adaptive(),),
+        attacks=several("attacks", attacks, ("adaptive()",)),
         restarts=8 if full else 1,
         wrong=1,
     )

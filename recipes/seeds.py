@@ -13,8 +13,7 @@ Claims:
     fp32 idlg success_rate <= 0.1
 """
 
-from qleak.attacks import cells, dlg, idlg
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.plans import Audit
 
 
@@ -25,6 +24,7 @@ def seeds(
     model: str = "lenet",
     data: str = "photos",
     outer: int = 30,
+    attacks: str = "all",
     full: bool = False,
 ) -> Audit:
     """The plan.
@@ -36,6 +36,7 @@ def seeds(
         model: a model of `qleak ls models`, or run:ID.
         data: a data set that fits it.
         outer: outer iterations of `dlg` and `idlg`, 20 closures each.
+        attacks: "all", or attacks separated by ";".
         full: 256 starts, 300 outer iterations.
     """
     outer = 300 if full else outer
@@ -44,6 +45,6 @@ def seeds(
         data=data,
         victims=tuple(range(images)),
         channels=(build("channels", "chain()"), build("channels", channel)),
-        attacks=(dlg(outer=outer), idlg(outer=outer), cells()),
+        attacks=several("attacks", attacks, (f"dlg(outer={outer})", f"idlg(outer={outer})", "cells()")),
         restarts=256 if full else starts,
     )

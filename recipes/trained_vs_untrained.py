@@ -15,7 +15,6 @@ Claims:
     trained fp32 closed_form psnr_selected >= 100
 """
 
-from qleak.attacks import cells, closed_form, idlg
 from qleak.catalog import build, several
 from qleak.plans import Audit, Study
 from qleak.plans.victims import fitting, spread
@@ -29,6 +28,7 @@ def trained_vs_untrained(
     channels: str = "chain()",
     outer: int = 30,
     restarts: int = 1,
+    attacks: str = "all",
     full: bool = False,
 ) -> Study:
     """The plan.
@@ -41,6 +41,7 @@ def trained_vs_untrained(
         channels: channels separated by ";".
         outer: outer iterations of `idlg`, 20 closures each.
         restarts: random starts on each image.
+        attacks: "all", or attacks separated by ";".
         full: 100 images, 4 restarts, 300 outer iterations.
     """
     outer = 300 if full else outer
@@ -52,7 +53,7 @@ def trained_vs_untrained(
             data=data,
             victims=victims,
             channels=several("channels", channels, ("chain()",)),
-            attacks=(idlg(outer=outer), cells(), closed_form()),
+            attacks=several("attacks", attacks, (f"idlg(outer={outer})", "cells()", "closed_form()")),
             restarts=4 if full else restarts,
             wrong=2,
             chunk=8,

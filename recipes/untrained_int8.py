@@ -12,10 +12,11 @@ Claims:
     uniform(bits=8) dlg psnr_selected <= 22
 """
 
-from qleak.attacks import cells, closed_form, dlg, idlg, refine
-from qleak.catalog import build
+from qleak.catalog import build, several
 from qleak.channels import chain, identity, uniform
 from qleak.plans import Audit
+
+OTHERS = ("cells()", "refine()", "closed_form()")
 
 
 def untrained_int8(
@@ -25,6 +26,7 @@ def untrained_int8(
     photos: int = 6,
     model: str = "lenet",
     data: str = "photos",
+    attacks: str = "all",
     full: bool = False,
 ) -> Audit:
     """The plan.
@@ -36,6 +38,7 @@ def untrained_int8(
         photos: number of photographs.
         model: a model of `qleak ls models`.
         data: a data set of 32×32 colour images.
+        attacks: "all", or attacks separated by ";".
         full: the papers' size: 32 restarts everywhere, 300 × 20 closures.
     """
     outer = 300 if full else 30
@@ -44,6 +47,6 @@ def untrained_int8(
         data=data,
         victims=tuple(range(photos)),
         channels=(identity(), chain(uniform(bits=bits))),
-        attacks=(dlg(outer=outer), idlg(outer=outer), cells(), refine(), closed_form()),
+        attacks=several("attacks", attacks, (f"dlg(outer={outer})", f"idlg(outer={outer})", *OTHERS)),
         restarts=32 if full else (seeds, *(others,) * (photos - 1)),
     )

@@ -1,99 +1,144 @@
-"""Law 7: what a recipe's docstring claims, compared with what its run says. `just verify`.
+"""Law 7: what a recipe's docstring claims, compared with what its run says. `just verify [NAME …] [--rerun]`.
 
-A claim is a line `CHANNEL ATTACK FIELD >= NUMBER` (or `<=`) under "Claims:" in the docstring; the fields are
-those of run.json's summary for the runs without control. In place of an attack stands `training` for what is
-learnt through a channel, `study` for a point of a joined table, `round-N` and an attack's name joined by a dot
-(`round-1.dlg`) for an audit inside a training. The part of a study of audits stands in front of the channel
-(`batch-4 fp32`). For a synthesis an arm's name stands in place of the channel and `synthesis` in place of an attack
-(`one noisy average synthesis accuracy >= 0.7`). "Claims (--data cifar10-12k):" names the flags they were measured
-with. Runs are made, or resumed, under runs/.
+Nothing is run: the run of the recipe's present plan is looked up by its id in results/, then in runs/, and the numbers that
+claims are about are summed up again from its rows, so that a changed row and a changed summary are both seen. A claim is
+
+    holds     the run bears it out, and its rows give the number that stands in its summary
+    FAILS     the number is on the wrong side
+    differs   the summary does not say what the rows say
+    no run    no finished run of this plan is stored
+
+and all but the first make the exit code 1. `--rerun` makes the runs afresh in a new folder, checks the claims against those,
+and shows how far each number is from the stored one. How claims are written: scripts/claims.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import re
-import shlex
+import math
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from qleak.cli import recipes
+from qleak.errors import Expected, Failed
+from scripts import planned, stored
+from scripts.claims import Claim, check, claims, measured
 
-HEAD = re.compile(r"^Claims(?: \((.*)\))?:$", re.M)
-LINE = re.compile(r"^\s*(.+?) +([\w.-]+) +(\w+) +(>=|<=) +([\d.]+)$", re.M)
-
-
-def claims(doc: str) -> list[tuple[str, str, str, str, float]]:
-    """(channel, attack, field, relation, number) of every claim in a docstring."""
-    head = HEAD.search(doc)
-    return [(c, a, f, r, float(n)) for c, a, f, r, n in LINE.findall(doc[head.end() :])] if head else []
+SAME = 1e-9  # of two sums of the same numbers in another order
 
 
-def flags(doc: str) -> list[str]:
-    """The flags that the claims of a docstring are about; none for the recipe as it is."""
-    head = HEAD.search(doc)
-    return shlex.split(head.group(1)) if head and head.group(1) else []
+class Verdict(NamedTuple):
+    """One claim, and what became of it."""
+
+    word: str
+    recipe: str
+    claim: Claim
+    value: float = math.nan
+    note: str = ""
 
 
-def check(claim: tuple[str, str, str, str, float], summary: list[dict]) -> tuple[bool, float]:
-    """Whether the summary bears the claim out, and the number it has."""
-    channel, attack, field, relation, number = claim
-    mine = [s for s in summary if place(s) == channel and arm(s) == attack]
-    found = [s[field] for s in mine if s.get(field) is not None]
-    if not found:
-        return False, float("nan")
-    return (found[0] >= number if relation == ">=" else found[0] <= number), found[0]
+def judge(recipe: str, wanted: list[Claim], said: list[dict[str, Any]], summed: list[dict[str, Any]]) -> list[Verdict]:
+    """Each claim against the stored summary, and that against the one made of the rows."""
+    out = []
+    for claim in wanted:
+        holds, value = check(claim, said)
+        other = measured(claim, summed)
+        if math.isnan(value):
+            out.append(Verdict("FAILS", recipe, claim, value, "the summary has no such number"))
+        elif not math.isclose(value, other, rel_tol=SAME):
+            out.append(Verdict("differs", recipe, claim, value, f"the rows give {other:.6g}"))
+        else:
+            out.append(Verdict("holds" if holds else "FAILS", recipe, claim, value))
+    return out
 
 
-def place(line: dict) -> str:
-    """The channel of a line, with the study's part in front where audits stand side by side: `batch-4 fp32`; or the arm."""
-    if "method" in line:
-        return line["method"]
-    return f"{line['part']} {line['channel']}" if "part" in line else line["channel"]
+def plan_id(job: planned.Job, roots: tuple[Path, ...]) -> tuple[str, str]:
+    """The id of the recipe's present plan, and a note where it had to be taken from the stored run.
+
+    A plan that looks into its data cannot be made without them; the stored plan's own id stands in then.
+    """
+    try:
+        return planned.plan_of(job).id, ""
+    except (Expected, Failed) as error:
+        for root in roots:
+            for path in sorted(root.glob(f"{job.name}-*/run.json")):
+                told = json.loads(path.read_text(encoding="utf-8"))
+                if planned.matches(job, told):
+                    return told["plan_id"], f"plan not made again: {str(error).split('.')[0]}"
+        return "", ""
 
 
-def arm(line: dict) -> str:
-    """What a line of a summary is about, as claims name it; "" for a control."""
-    if "method" in line:
-        return "synthesis"
-    if "front" in line:  # its "control" is a number: the strongest one of that channel
-        return "study"
-    if "control" not in line:
-        return "training"
-    name = line["attack"].split("(")[0] if line["control"] == "none" else ""
-    return f"round-{line['round']}.{name}" if name and "round" in line else name
+def verify(name: str, roots: tuple[Path, ...] = stored.ROOTS, doc: str = "") -> tuple[list[Verdict], dict[str, Any]]:
+    """The verdicts on one recipe's claims and the run.json they rest on; nothing is run."""
+    wanted = claims(doc or recipes.docstring(recipes.path_of(name)))
+    if not wanted:
+        return [], {}
+    number, note = plan_id(planned.job(name), roots)
+    folder = stored.find(number, roots) if number else None
+    if folder is None:
+        return [Verdict("no run", name, claim) for claim in wanted], {}
+    found = judge(name, wanted, stored.lines(folder), stored.again(folder))
+    return [v._replace(note="; ".join(filter(None, (v.note, note)))) for v in found], stored.header(folder)
 
 
-def audits(folder: Path) -> list[dict]:
-    """The summaries of the audits inside a training."""
-    lines = []
-    for path in sorted(folder.glob("audits/*-round-*/run.json")):
-        header = json.loads(path.read_text(encoding="utf-8"))
-        number = int(path.parent.name.rsplit("-", 1)[1])
-        lines += [s | {"round": number} for s in header.get("summary") or []]
-    return lines
+def rerun(name: str, out: Path, roots: tuple[Path, ...] = stored.ROOTS) -> tuple[list[Verdict], dict[str, Any]]:
+    """The same, of a run made now in `out`, with the distance to the stored number."""
+    job = planned.job(name)
+    wanted = claims(recipes.docstring(recipes.path_of(name)))
+    if not wanted:
+        return [], {}
+    done = subprocess.run(
+        ["qleak", "recipe", "run", name, *job.flags, "--json", "--out", str(out)], stdout=subprocess.PIPE, check=False
+    )
+    if done.returncode:
+        return [Verdict("no run", name, claim, note=f"exit code {done.returncode}") for claim in wanted], {}
+    told = json.loads(done.stdout)
+    folder, before = out / f"{name}-{told['plan_id']}", stored.find(told["plan_id"], roots)
+    found = judge(name, wanted, stored.lines(folder), stored.again(folder))
+    old = stored.lines(before) if before else []
+    return [v._replace(note=distance(v, measured(v.claim, old))) for v in found], told
 
 
-def main() -> int:
-    """Runs every recipe that makes claims (or the ones named) and prints a line per claim."""
-    failed = 0
-    for name in sys.argv[1:] or recipes.names():
-        doc = recipes.docstring(recipes.path_of(name))
-        wanted = claims(doc)
-        if not wanted:
+def distance(verdict: Verdict, old: float) -> str:
+    """How far a number is from the stored one."""
+    if math.isnan(old):
+        return "; ".join(filter(None, (verdict.note, "no number stored")))
+    return "; ".join(filter(None, (verdict.note, f"stored {old:.6g}, {verdict.value - old:+.3g}")))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Prints a line per claim, and what failed at the end. 1 if anything did."""
+    parser = argparse.ArgumentParser(prog="just verify", description="Every claim of every recipe against its run.")
+    parser.add_argument("names", nargs="*", help="recipes; none for all that make claims")
+    parser.add_argument("--rerun", action="store_true", help="make the runs afresh, and compare with the stored ones")
+    parser.add_argument("--out", type=Path, help="with --rerun: where the runs go; a new folder by default")
+    given = parser.parse_args(argv)
+    out = given.out or Path(tempfile.mkdtemp(prefix="qleak-verify-")) if given.rerun else None
+    counts: dict[str, int] = {}
+    for name in given.names or recipes.names():
+        found, told = rerun(name, out) if out else verify(name)
+        if not found:
             continue
-        command = ["qleak", "recipe", "run", name, *flags(doc), "--json", "--out", "runs"]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        header = json.loads(done.stdout)
-        summary = header["summary"] + audits(Path("runs") / f"{name}-{header['plan_id']}")
-        for claim in wanted:
-            holds, value = check(claim, summary)
-            failed += not holds
-            print(f"{'holds' if holds else 'FAILS'}  {name}: {' '.join(map(str, claim))}  (measured {value:.4g})")
-    return 1 if failed else 0
+        when, git = str(told.get("finished") or "")[:10], str(told.get("git") or "")[:7]
+        print(f"{name}  " + (f"run {told['plan_id']} of {when}{f', git {git}' if git else ''}" if told else ""))
+        for v in found:
+            counts[v.word] = counts.get(v.word, 0) + 1
+            value = "" if math.isnan(v.value) else f"{v.value:10.4g}"
+            print(f"  {v.word:7} {value:10}  {v.claim}{f'  ({v.note})' if v.note else ''}", flush=True)
+    print("\nclaims: " + ", ".join(f"{n} {w}" for w, n in sorted(counts.items())[::-1]) + ".")
+    if out:
+        print(f"The runs are in {out}.")
+    return 0 if set(counts) <= {"holds"} else 1
 
 
 if __name__ == "__main__":
     assert Path("recipes").is_dir(), "run me from the repository"
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except (Expected, Failed) as error:
+        print(f"verify: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, Expected) else 1)
