@@ -1,16 +1,13 @@
 """What is looked at while an attack runs: small pictures for whoever watches, frames for a film.
 
-Like a log, it is asked for beside the plan and may not change a result: a look is `Attack.read`, a pure function of
-the state. Chunks with a limit of seconds are not looked at, because a look takes time.
+Like a log, it is asked for beside the plan (`engine.run(…, look=…)`) and may not change a result: a look is `Attack.read`,
+a pure function of the state. Chunks with a limit of seconds are not looked at, because a look takes time.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -37,13 +34,12 @@ class Looks(NamedTuple):
     film: int = 0
 
 
-_NONE = Looks()
-_ASKED: ContextVar[Looks] = ContextVar("looks", default=_NONE)
+NONE = Looks()
+"""Nobody looks."""
 
 
-@contextmanager
-def asked(watch: float = 0.0, film: int = 0) -> Iterator[Looks]:
-    """Engines that run inside of this look on: `with looks.asked(film=24): for event in engine.run(plan, store): …`.
+def asked(watch: float = 0.0, film: int = 0) -> Looks:
+    """What an engine is to look at: `engine.run(plan, store, look=looks.asked(film=24))`.
 
     Raises:
         Expected: one frame (a film has a first and a last one), or a negative number.
@@ -52,16 +48,7 @@ def asked(watch: float = 0.0, film: int = 0) -> Iterator[Looks]:
     at_least(0, watch=watch)
     if film:
         at_least(2, film=film)
-    token = _ASKED.set(Looks(watch, film))
-    try:
-        yield Looks(watch, film)
-    finally:
-        _ASKED.reset(token)
-
-
-def now() -> Looks:
-    """What is asked for here."""
-    return _ASKED.get()
+    return Looks(watch, film)
 
 
 def wanted(chunk: Chunk, seconds: float) -> bool:

@@ -34,8 +34,8 @@ TOP, PLOT = 62, (32, 336, 800, 394)  # top of the pictures; left, top, right, bo
 def main() -> None:
     """Runs what is missing, draws the pages, writes the GIF."""
     header = {"kind": PLAN.kind, "plan_id": PLAN.id, "recipe": "demo", "plan": PLAN.as_json(), "flags": {}}
-    with store.open_run(RUN, header) as run, looks.asked(film=FRAMES):
-        for _ in engine.run(PLAN, run):
+    with store.open_run(RUN, header) as run:
+        for _ in engine.run(PLAN, run, look=looks.asked(film=FRAMES)):
             pass
     read = load(RUN)
     (film,) = films(read).values()

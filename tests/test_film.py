@@ -27,8 +27,8 @@ PLAN = Audit(
 
 def go(folder, frames=0, fresh=False):
     head = {"kind": PLAN.kind, "plan_id": PLAN.id, "plan": PLAN.as_json(), "recipe": "", "flags": {}}
-    with store.open_run(folder, head, fresh) as run, looks.asked(film=frames):
-        return list(engine.run(PLAN, run))
+    with store.open_run(folder, head, fresh) as run:
+        return list(engine.run(PLAN, run, look=looks.asked(film=frames)))
 
 
 def kept(folder):
@@ -146,8 +146,8 @@ def test_who_asks_for_what_is_not_there_is_told(qleak, run, tmp_path):
         code, _, err = qleak("film", *argv)
         assert code == 2 and text in err
     assert json.loads((run / "run.json").read_text())["status"] == "done"
-    with pytest.raises(Expected, match="film=1"), looks.asked(film=1):
-        pass
+    with pytest.raises(Expected, match="film=1"):
+        looks.asked(film=1)
 
 
 def test_the_clock_and_captions():

@@ -26,10 +26,9 @@ def logged(plan, folder, **asked):
         warnings.simplefilter("ignore", DeprecationWarning)  # of protobuf and numpy, inside tensorboard
         with (
             store.open_run(folder / "run", head) as run,
-            looks.asked(**asked),
             tensorboard.logged(folder / "tb", run) as log,
         ):
-            for event in engine.run(plan, run):
+            for event in engine.run(plan, run, look=looks.asked(**asked)):
                 log(event)
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

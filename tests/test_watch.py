@@ -31,8 +31,8 @@ def plan(**more):
 
 def run(plan, folder, workers=1, **asked):
     head = {"kind": plan.kind, "plan_id": plan.id, "plan": plan.as_json(), "recipe": "", "flags": {}}
-    with store.open_run(folder, head) as opened, looks.asked(**asked):
-        return list(engine.run(plan, opened, workers=workers))
+    with store.open_run(folder, head) as opened:
+        return list(engine.run(plan, opened, workers=workers, look=looks.asked(**asked)))
 
 
 def results(folder):

@@ -223,8 +223,8 @@ def _execute(plan: Any, path: Path, name: str, own: dict[str, Any], common: Comm
     with store.open_run(folder, header, fresh=common.fresh) as run:
         say.note(run.warning)
         try:
-            with watch.observed(plan, run, say, common.watch, common.tensorboard, common.film) as bar:
-                for event in engine.run(plan, run, device, workers):
+            with watch.observed(plan, run, say, common.watch, common.tensorboard, common.film) as (look, bar):
+                for event in engine.run(plan, run, device, workers, look):
                     bar(event)
             if late := getattr(workers, "late", []):
                 say.note("\n".join(late))

@@ -23,6 +23,7 @@ from rich.segment import ControlType, Segment
 if TYPE_CHECKING:
     from qleak.engine import Event
     from qleak.engine.events import Step
+    from qleak.looks import Looks
     from qleak.plans import Plan
     from qleak.store import Run
 
@@ -227,8 +228,7 @@ def check(film: int, board: Path | None) -> None:
     """
     from qleak import looks
 
-    with looks.asked(film=film):
-        pass
+    looks.asked(film=film)
     if board is not None:
         from qleak.adapters import tensorboard
 
@@ -238,8 +238,8 @@ def check(film: int, board: Path | None) -> None:
 @contextmanager
 def observed(
     plan: Plan, run: Run, say: Any, watch: bool, board: Path | None, film: int
-) -> Iterator[Callable[[Event], None]]:
-    """A callable for the engine's events: the bar, with pictures where they are watched, TensorBoard, films."""
+) -> Iterator[tuple[Looks, Callable[[Event], None]]]:
+    """What the engine is to look at, and a callable for its events: the bar, with watched pictures, and TensorBoard."""
     from qleak import looks
 
     pictures = watch and not say.silent
@@ -247,7 +247,6 @@ def observed(
         say.note(why)
         pictures = False
     with ExitStack() as stack:
-        stack.enter_context(looks.asked(EVERY if pictures or board else 0.0, film))
         tell = [stack.enter_context(say.progress(plan, pictures))]
         if board is not None:
             from qleak.adapters import tensorboard
@@ -258,4 +257,4 @@ def observed(
             for each in tell:
                 each(event)
 
-        yield event
+        yield looks.asked(EVERY if pictures or board else 0.0, film), event

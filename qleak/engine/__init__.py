@@ -8,6 +8,7 @@ from typing import Any
 from qleak.engine import audit, captured, study, synthesis, training
 from qleak.engine.audit import job_of, prepare
 from qleak.engine.events import Event, Finished, Rows, Step
+from qleak.looks import NONE, Looks
 from qleak.plans import Audit, Captured, Study, Synthesis, Training
 from qleak.pool import Workers
 from qleak.store import Run
@@ -17,7 +18,7 @@ __all__ = ["Event", "Finished", "Rows", "Step", "choices", "estimate", "job_of",
 ENGINES: dict[type, Any] = {Audit: audit, Training: training, Synthesis: synthesis, Study: study, Captured: captured}
 
 
-def run(plan: Any, store: Run, device: str = "cpu", workers: Workers = 1) -> Iterator[Event]:
+def run(plan: Any, store: Run, device: str = "cpu", workers: Workers = 1, look: Looks = NONE) -> Iterator[Event]:
     """Runs what the store does not hold yet; see the engine of the plan's kind.
 
     Args:
@@ -25,8 +26,9 @@ def run(plan: Any, store: Run, device: str = "cpu", workers: Workers = 1) -> Ite
         store: its run folder, written by this process alone.
         device: where jobs run: "cpu", "cuda", …; on an executor, a device of its workers.
         workers: 1 for this process, so many worker processes, or any `concurrent.futures.Executor`.
+        look: pictures and films of attacks on their way (`looks.asked`); no result depends on it.
     """
-    return ENGINES[type(plan)].run(plan, store, device, workers)
+    return ENGINES[type(plan)].run(plan, store, device, workers, look)
 
 
 def size(plan: Any) -> tuple[str, int]:

@@ -20,6 +20,7 @@ from qleak.catalog import short
 from qleak.check import Expected, finite
 from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.jobs import Done, Job
+from qleak.looks import NONE, Looks
 from qleak.metrics import Secret
 from qleak.plans import Audit, Chunk
 from qleak.scoring import rate_path, score_group, summarise
@@ -88,7 +89,7 @@ def _victims(plan: Audit, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return images, torch.stack([y[i : i + b] for i in plan.victims])
 
 
-def job_of(plan: Audit, prepared: Prepared, chunk: Chunk, device: str = "cpu") -> Job:
+def job_of(plan: Audit, prepared: Prepared, chunk: Chunk, device: str = "cpu", look: Looks = NONE) -> Job:
     """The job of one chunk: each lane gets its victim's message and grants, or its neighbour's in the wrong-gradient control."""
     messages = prepared.messages[chunk.channel]
     shift = [(lane.victim + (lane.control == "wrong-gradient")) % len(messages) for lane in chunk.lanes]
@@ -96,7 +97,7 @@ def job_of(plan: Audit, prepared: Prepared, chunk: Chunk, device: str = "cpu") -
     labels = prepared.secret.y[shift] if "labels" in plan.grants else None
     shared = tree.stack([prepared.statistics[i] for i in shift]) if "statistics" in plan.grants else None
     buffers = prepared.buffers if "buffers" in plan.grants else fresh(prepared.buffers)
-    return Job(plan.as_json(), chunk, prepared.params, buffers, message, device, labels, shared, looks.now())
+    return Job(plan.as_json(), chunk, prepared.params, buffers, message, device, labels, shared, look)
 
 
 def fresh(buffers: Buffers) -> Buffers:
@@ -105,11 +106,11 @@ def fresh(buffers: Buffers) -> Buffers:
     return {k: torch.full_like(v, blank[end]) if (end := k.split(".")[-1]) in blank else v for k, v in buffers.items()}
 
 
-def run(plan: Audit, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
+def run(plan: Audit, store: Run, device: str = "cpu", workers: pool.Workers = 1, look: Looks = NONE) -> Iterator[Event]:
     """Runs what the store does not hold yet. Rows of a channel × attack appear when all its lanes are done.
 
     A finished chunk is saved before anything is reported of it; rows carry keys and are written once,
-    so stopping at any moment loses at most the chunks in flight. Where a film is asked for (`looks.asked`), finished
+    so stopping at any moment loses at most the chunks in flight. Where a film is asked for (`look`), finished
     chunks that have none are run once more for it; their results stay as they are.
     """
     prepared = prepare(plan)
@@ -129,7 +130,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: pool.Workers = 1)
     named = {c.key: c for c in chunks}
     written = store.done()
     # The strongest attacks stand last in a plan and take longest: started first, they leave no worker idle.
-    waiting = [c for c in reversed(chunks) if c.key not in done or unfilmed(plan, store, c)]
+    waiting = [c for c in reversed(chunks) if c.key not in done or unfilmed(plan, store, c, look)]
     scored: set[tuple[int, int]] = set()
     rows: list[dict[str, Any]] = store.rows()
 
@@ -155,7 +156,7 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: pool.Workers = 1)
                     yield Rows(fresh)
 
     yield from groups()
-    for event in _results(plan, prepared, waiting, device, workers):
+    for event in _results(plan, prepared, waiting, device, workers, look):
         if isinstance(event, Step):
             yield event
             continue
@@ -172,11 +173,11 @@ def run(plan: Audit, store: Run, device: str = "cpu", workers: pool.Workers = 1)
 
 
 def _results(
-    plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str, workers: pool.Workers
+    plan: Audit, prepared: Prepared, waiting: list[Chunk], device: str, workers: pool.Workers, look: Looks
 ) -> Iterator[Step | Done]:
     """Steps and results of all jobs, in this process or over workers; the numbers are the same."""
     chunks = {c.key: c for c in waiting}
-    todo = (job_of(plan, prepared, c, device) for c in waiting)
+    todo = (job_of(plan, prepared, c, device, look) for c in waiting)
     threads, finished = torch.get_num_threads(), 0
     try:
         for key, event in pool.results(todo, jobs.events, pool.at_most(workers, len(waiting))):
@@ -198,9 +199,9 @@ def _results(
         torch.set_num_threads(threads)
 
 
-def unfilmed(plan: Audit, store: Run, chunk: Chunk) -> bool:
+def unfilmed(plan: Audit, store: Run, chunk: Chunk, look: Looks) -> bool:
     """Whether a film of the chunk is asked for and not there."""
-    asked = looks.now().film > 0 and looks.wanted(chunk, plan.seconds)
+    asked = look.film > 0 and looks.wanted(chunk, plan.seconds)
     return asked and not store.has(f"film-{chunk.key}")
 
 

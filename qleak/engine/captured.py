@@ -22,6 +22,7 @@ from qleak.engine.audit import closures_of, ended
 from qleak.engine.decoys import Held, decoys_of
 from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.jobs import Done, Job
+from qleak.looks import NONE, Looks
 from qleak.metrics import Secret
 from qleak.plans import Captured, Chunk
 from qleak.store import Run, now
@@ -59,7 +60,9 @@ def job_of(plan: Captured, given: Held, chunk: Chunk, device: str = "cpu") -> Jo
     return Job(plan.as_json(), chunk, given.params, given.buffers, message, device, labels, None)
 
 
-def run(plan: Captured, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
+def run(
+    plan: Captured, store: Run, device: str = "cpu", workers: pool.Workers = 1, look: Looks = NONE
+) -> Iterator[Event]:
     """Runs what the store does not hold yet; rows and the verdict are written when every lane is done."""
     given = held(plan, store)
     store.update(status="running", started=store.header.get("started") or now(), papers=_papers(plan))

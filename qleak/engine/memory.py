@@ -151,7 +151,7 @@ def available(device: str = "cpu", root: Path = Path("/")) -> int:
 
     A group's page cache can be taken back, so that inactive files count as free (version 1 and 2 of control groups).
     """
-    if torch.device(device).type == "cuda":
+    if torch.device(device).type == "cuda":  # pragma: no cover: needs a CUDA device
         return torch.cuda.mem_get_info(device)[0]
     found = [int(m[1]) * 1024 for m in re.finditer(r"^MemAvailable:\s+(\d+)", _read(root / "proc/meminfo"), re.M)]
     for line in _read(root / "proc/self/cgroup").splitlines():

@@ -9,6 +9,7 @@ from qleak import store as stores
 from qleak.check import Expected
 from qleak.engine import audit
 from qleak.engine.events import Event, Rows, Step
+from qleak.looks import NONE, Looks
 from qleak.models.stored import stored
 from qleak.plans import Audit, Training
 from qleak.pool import Workers
@@ -24,7 +25,7 @@ def plan_of(plan: Training, store: Run, channel: int, number: int) -> Audit:
     )  # fmt: skip
 
 
-def audits(plan: Training, store: Run, device: str, workers: Workers = 1) -> Iterator[Event]:
+def audits(plan: Training, store: Run, device: str, workers: Workers = 1, look: Looks = NONE) -> Iterator[Event]:
     """Runs the audits of the first seed of every channel, each in a run folder of its own below `audits/`.
 
     Their rows are the run's rows too, with kind "audit" and the round.
@@ -39,7 +40,7 @@ def audits(plan: Training, store: Run, device: str, workers: Workers = 1) -> Ite
             other = (folder / "run.json").is_file() and stores.read_run(folder).get("plan_id") != mine.id
             with stores.open_run(folder, mine.header(), fresh=other) as inner:  # other: the training was started over
                 try:
-                    for event in audit.run(mine, inner, device, workers):
+                    for event in audit.run(mine, inner, device, workers, look):
                         if isinstance(event, Step):
                             yield event._replace(key=f"audit-{name}-{event.key}", label=f"round {number} {event.label}")
                 except Expected as error:  # no attack applies here: said, and the training stands

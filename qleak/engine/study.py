@@ -8,6 +8,7 @@ from typing import Any
 from qleak import store as stores
 from qleak.engine import audit, training
 from qleak.engine.events import Event, Finished, Step
+from qleak.looks import NONE, Looks
 from qleak.plans import Audit, Study, Training
 from qleak.pool import Workers
 from qleak.store import Run, now
@@ -16,7 +17,7 @@ ENGINES: dict[type, Any] = {Audit: audit, Training: training}
 SHARED = ("versions", "git", "cpu", "cores", "system", "device", "workers", "choices")
 
 
-def run(plan: Study, store: Run, device: str = "cpu", workers: Workers = 1) -> Iterator[Event]:
+def run(plan: Study, store: Run, device: str = "cpu", workers: Workers = 1, look: Looks = NONE) -> Iterator[Event]:
     """Runs every part that is not done; the study has no rows of its own.
 
     The joined table is written into its summary by whoever reads the parts (see `report.frontier`).
@@ -28,7 +29,7 @@ def run(plan: Study, store: Run, device: str = "cpu", workers: Workers = 1) -> I
         with stores.open_run(store.folder / name, part.header() | shared, fresh=not store.resumed) as inner:
             if inner.header.get("status") == "done":
                 continue
-            for event in ENGINES[type(part)].run(part, inner, device, workers):
+            for event in ENGINES[type(part)].run(part, inner, device, workers, look):
                 if isinstance(event, Step):
                     yield event._replace(key=f"{name}/{event.key}", label=f"{name} · {event.label}", done=weight(event))
     store.update(status="done", finished=now())

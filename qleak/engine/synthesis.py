@@ -20,6 +20,7 @@ from qleak.engine import making
 from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.engine.made import summarise
 from qleak.engine.making import Checkpoint, File, Job, Progress
+from qleak.looks import NONE, Looks
 from qleak.plans import Synthesis
 from qleak.plans.base import file_name
 from qleak.plans.synthesis import Arm
@@ -38,7 +39,9 @@ class Price:
         return None if self.arms[arm].method.unsound else epsilon(self.spends[arm].event(t), delta)
 
 
-def run(plan: Synthesis, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
+def run(
+    plan: Synthesis, store: Run, device: str = "cpu", workers: pool.Workers = 1, look: Looks = NONE
+) -> Iterator[Event]:
     """Makes what the store does not hold yet; what has a row is on disk and never made again."""
     _, _, public = making.of(plan)  # on the CPU: the device may be a worker's
     price = Price(plan, public)

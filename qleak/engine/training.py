@@ -22,6 +22,7 @@ from qleak.engine.events import Event, Finished, Rows, Step
 from qleak.engine.lessons import Checkpoint, Group, Job, Progress, columns
 from qleak.engine.price import Price
 from qleak.engine.seeds import METRICS, summarise
+from qleak.looks import NONE, Looks
 from qleak.plans import Training
 from qleak.plans.training import Member
 from qleak.store import Run, now
@@ -30,7 +31,9 @@ from qleak.train.disjoint import disjoint
 from qleak.types import Params, Tree
 
 
-def run(plan: Training, store: Run, device: str = "cpu", workers: pool.Workers = 1) -> Iterator[Event]:
+def run(
+    plan: Training, store: Run, device: str = "cpu", workers: pool.Workers = 1, look: Looks = NONE
+) -> Iterator[Event]:
     """Trains what the store does not hold yet; every epoch that has a row is on disk and never trained again.
 
     A diverged training is a row like any other; its accuracies are those of the weights it ended with.
@@ -79,7 +82,7 @@ def run(plan: Training, store: Run, device: str = "cpu", workers: pool.Workers =
             yield _step(plan, by_key[key], event, store)
     finally:
         torch.set_num_threads(threads)
-    yield from rounds.audits(plan, store, device, workers)
+    yield from rounds.audits(plan, store, device, workers, look)
     summary = summarise(plan, store.rows())
     store.update(status="done", summary=summary, finished=now())
     yield Finished(summary)
