@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -14,6 +15,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from multiprocessing.connection import Connection
 from typing import Any
 
 from qleak import executors
@@ -27,7 +30,9 @@ Workers = int | Executor
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 
-_progress: Any = None
+GRACE = 5.0  # seconds in which the executor itself should see that a worker is dead
+
+_progress: Any = None  # in a worker: the pipe to the parent, and its lock
 
 
 def keep_heap() -> None:
@@ -42,10 +47,10 @@ def keep_heap() -> None:
             mallopt(option, value)
 
 
-def _start(channel: Any, parent: int) -> None:
+def _start(pipe: Connection, lock: Any, parent: int) -> None:
     """In a new worker: where progress goes, who handles Ctrl-C, and what to do when the parent is gone."""
     global _progress
-    _progress = channel
+    _progress = pipe, lock
     keep_heap()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
 
@@ -63,8 +68,10 @@ def _start(channel: Any, parent: int) -> None:
 def _work(runner: Runner, job: Any) -> Any:
     events = runner(job)
     last = next(events)
+    pipe, lock = _progress
     for event in events:
-        _progress.put((job.key, last))
+        with lock:
+            pipe.send((job.key, last))
         last = event
     return last
 
@@ -94,11 +101,17 @@ def results(todo: Iterable[Any], runner: Runner, workers: Workers) -> Iterator[t
     context = multiprocessing.get_context(method)
     if method == "forkserver":
         context.set_forkserver_preload(["qleak.jobs"])  # torch is imported once, not per worker
-    channel = context.Queue()
-    executor = ProcessPoolExecutor(workers, context, _start, (channel, os.getpid()))
+    # A worker may be killed amid a message: only a thread of its own may wait for the rest, which never comes.
+    reader, writer = context.Pipe(duplex=False)
+    told: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
+    listener = threading.Thread(target=_listen, args=(reader, told), daemon=True)
+    listener.start()
+    executor = ProcessPoolExecutor(workers, context, _start, (writer, context.Lock(), os.getpid()))
+    answers: Any = executor._result_queue
     try:
         jobs = iter(todo)
         waiting: dict[Future[Any], str] = {}
+        dead = 0.0
 
         def refill() -> None:
             for job in itertools.islice(jobs, workers + 1 - len(waiting)):
@@ -107,24 +120,35 @@ def results(todo: Iterable[Any], runner: Runner, workers: Workers) -> Iterator[t
         refill()
         while waiting:
             finished, _ = wait(waiting, timeout=0.1, return_when=FIRST_COMPLETED)
-            yield from _drain(channel)
+            while not told.empty():
+                yield told.get()
             for future in finished:
                 key = waiting.pop(future)
                 refill()
                 yield key, future.result()
+            # The executor waits for the rest of a result, too, where its worker was killed amid it.
+            dead = (dead or time.monotonic()) if _died(executor) else 0.0
+            if dead and time.monotonic() - dead > GRACE:
+                raise BrokenProcessPool
     except BrokenProcessPool:
         raise Failed("A worker process died, probably out of memory. Run the same command with --workers 1.") from None
     finally:
         for process in list((executor._processes or {}).values()):
             process.terminate()
+        answers._writer.close()  # with the workers gone, whoever reads half a message meets its end
         executor.shutdown(wait=True, cancel_futures=True)
-        channel.close()
-        channel.cancel_join_thread()
+        writer.close()
+        listener.join(GRACE)
+        reader.close()
 
 
-def _drain(channel: Any) -> Iterator[tuple[str, Any]]:
-    while True:
-        try:
-            yield channel.get_nowait()
-        except queue.Empty:
-            return
+def _listen(reader: Connection, told: queue.SimpleQueue[tuple[str, Any]]) -> None:
+    """Hands messages on until all writers are gone."""
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            told.put(reader.recv())
+
+
+def _died(executor: ProcessPoolExecutor) -> bool:
+    """Whether a worker has ended; they do so by themselves only when they are told to."""
+    return bool(connection.wait([p.sentinel for p in list((executor._processes or {}).values())], 0))

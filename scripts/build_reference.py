@@ -94,15 +94,18 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Links to files of the repository that are no pages become the names of those files."""
+    """Pictures of the repository are found beside the pages; links to other files of it become the names of those files."""
+    markdown = re.sub(r"(!\[[^\]]*\]\()\.\./(assets/)", r"\1\2", markdown)
     return re.sub(r"\[([^\]]+)\]\(\.\./([^)#]+)\)", r"\1 (`\2`)", markdown)
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Adds the reference pages and the style sheet."""
+    """Adds the reference pages, the style sheet, and the pictures that lie beside docs/."""
     from mkdocs.structure.files import File
 
     for room in ROOMS:
         files.append(File.generated(config, f"reference/{room}.md", content=page(room)))
     files.append(File.generated(config, "assets/extra.css", content=colours()))
+    for path in sorted((ROOT / "assets").glob("*.svg")):
+        files.append(File.generated(config, f"assets/{path.name}", abs_src_path=str(path)))
     return files

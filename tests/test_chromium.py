@@ -9,6 +9,7 @@ import pytest
 import torch
 from browser import CHROMIUM, Browser
 from test_report import FP32, INT8, fake
+from tiers import sizes
 
 from qleak import random
 from qleak.report import figures, html
@@ -44,6 +45,49 @@ def test_nothing_is_logged_or_loaded_and_nothing_hangs_over(browser, page, width
     assert browser.errors == [] and browser.requests == []
     dark = sum(int(v) for v in browser.ask("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)")[:3]) < 384
     assert dark == (scheme == "dark")
+
+
+def made(kind, folder):
+    """A run of a kind with a channel whose name is longer than a telephone is wide."""
+    from captures import SHAPE, gradients, images, module
+    from folders import audit, study, training
+    from made import synthesis
+
+    long = "clip_l2(bound=3.1) > gaussian(sigma=0.00142) > nominal_laplace(eps=1000000.0, by_tensors=True)"
+    learns, leaks = {long: [0.7, 0.8], "fp32": [0.98, 0.97]}, {long: {"dlg()": 9.0}, "fp32": {"dlg()": 33.0}}
+    if kind == "captured":
+        from qleak import audit as audited
+
+        folder.mkdir()
+        net, (x, y) = module(folder), images(1)
+        update = {f"wrapped.module.{k}": v for k, v in gradients(net, x, y).items()}
+        options = {"budget": 1, "attacks": "closed_form", "bounds": "no", "folder": folder / "run"}
+        audited(update, net, shape=SHAPE, truth=(x, y), **options)
+        return folder / "run"
+    if kind == "study":
+        audit(folder / "a", leaks)
+        training(folder / "b", learns, epsilon=2.18e8)
+        study(folder, {"leak": (folder / "a", "audit"), "learn": (folder / "b", "training")})
+    elif kind == "training":
+        training(folder, learns, epsilon=2.18e8)
+    else:
+        synthesis(folder)
+    return folder
+
+
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("training", "study", "synthesis")]
+
+
+@pytest.mark.parametrize("kind", ["captured", *SLOW])
+def test_a_page_of_every_kind_is_no_wider_than_a_telephone(browser, kind, tmp_path):
+    made_page = html.write(made(kind, tmp_path / "run"), tmp_path / "page.html")
+    for width in (390, 320):
+        browser.show(width, 844)
+        browser.open(made_page)
+        assert browser.ask(WIDE) == width
+        beyond = "[...document.querySelectorAll('main > *, main p, main li, dd, header *')]"
+        assert browser.ask(f"{beyond}.filter(e => e.getBoundingClientRect().right > {width} + 1).length") == 0
+    assert browser.errors == [] and browser.requests == []
 
 
 def test_the_checks_can_fail(browser, page, tmp_path):
@@ -168,27 +212,23 @@ def test_a_run_whose_tensors_were_removed_has_a_page(folder, tmp_path, gone):
 # --- a large run ----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def large(tmp_path_factory):
-    return html.write(
-        two_thousand(tmp_path_factory.mktemp("runs") / "large"), tmp_path_factory.mktemp("page") / "x.html"
-    )
-
-
-def two_thousand(folder):
-    """2,000 rows: ten channels × four attacks × ten images × five restarts; pictures of noise, that nothing shrinks."""
+def large(folder, images):
+    """Ten channels × four attacks × images × five restarts; pictures of noise, that nothing shrinks."""
     from test_report import PLAN, entry
 
     from qleak.store import open_run
 
     channels = [FP32, *(f"uniform(bits={b})" for b in range(9, 0, -1))]
-    attacks, victims, restarts = ["dlg", "idlg", "cells", "adaptive"], range(10), 5
+    attacks, victims, restarts = ["dlg", "idlg", "cells", "adaptive"], range(images), 5
     at, rows, summary = torch.arange(25, 1025, 25), [], []
     plan = PLAN | {"victims": list(victims), "channels": channels, "attacks": attacks}
     with open_run(folder, {"kind": "audit", "plan_id": "large", "recipe": "large", "plan": plan}) as run:
         run.save(
             "victims",
-            {"x": random.uniform(random.generator("large"), (10, 1, 3, 32, 32)), "y": torch.zeros(10, 1).long()},
+            {
+                "x": random.uniform(random.generator("large"), (images, 1, 3, 32, 32)),
+                "y": torch.zeros(images, 1).long(),
+            },
         )
         for i, c in enumerate(channels):
             for j, a in enumerate(attacks):
@@ -208,18 +248,19 @@ def two_thousand(folder):
                 summary.append(entry(c, a, "none", 0, 10, 30.0))
         run.append(rows)
         run.update(status="done", summary=summary, facts=[])
-    assert len(rows) == 2000
+    assert len(rows) == 200 * images
     return folder
 
 
-@pytest.mark.slow
-def test_two_thousand_rows_open_in_two_seconds(browser, large):
-    assert large.stat().st_size < 15e6
+@sizes("images", 1, 10)
+def test_two_thousand_rows_open_in_two_seconds(browser, tmp_path, images):
+    page = html.write(large(tmp_path / "large", images), tmp_path / "x.html")
+    assert page.stat().st_size < 1.5e6 * max(images, 2)
     browser.show()
     found = []
     for _ in range(5):
-        browser.open(large)
+        browser.open(page)
         found.append(browser.ask("performance.getEntriesByType('navigation')[0].loadEventEnd"))
-    print(f"{large.stat().st_size / 1e6:.2f} MB, load event after {sorted(round(v) for v in found)} ms")
+    print(f"{page.stat().st_size / 1e6:.2f} MB, load event after {sorted(round(v) for v in found)} ms")
     assert statistics.median(found) < 2000
     assert browser.errors == [] and browser.requests == []

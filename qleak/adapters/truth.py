@@ -47,13 +47,13 @@ def read(text: str, shape: tuple[int, int, int]) -> Truth:
 
 
 def checked(x: Tensor, y: Tensor | None, shape: tuple[int, int, int], said: str = "truth") -> Truth:
-    """Images that fit: `[b c h w]`, or `[b h w c]` turned round; whole numbers as parts of 255.
+    """Images that fit: `[b c h w]`, `[b h w c]` turned round, `[b h w]` in grey, or one image; whole numbers in 255ths.
 
     Raises:
         Expected: another shape, values outside [0, 1], or another number of labels.
     """
+    x = x[:, None] if x.ndim == 3 and (1, *x.shape[1:]) == shape else x
     x = x[None] if x.ndim == 3 else x
-    x = x[:, None] if x.ndim == 3 and shape[0] == 1 else x
     if x.ndim == 4 and tuple(x.shape[1:]) != shape and (x.shape[3], x.shape[1], x.shape[2]) == shape:
         x = x.permute(0, 3, 1, 2)
     if x.ndim != 4 or tuple(x.shape[1:]) != shape or not len(x):
@@ -70,7 +70,7 @@ def checked(x: Tensor, y: Tensor | None, shape: tuple[int, int, int], said: str 
 
 def _npz(path: Path) -> tuple[Tensor, Tensor | None]:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             images = next((k for k in IMAGES if k in file.files), None)
             if images is None:
                 raise Expected(f"Expected images under one of {', '.join(IMAGES)} in {path}, got {file.files[:4]}.")

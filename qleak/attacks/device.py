@@ -43,7 +43,11 @@ def graphed(function: Pure, like: Sequence[Tensor]) -> Graphed:
     devices = {v.device for v in like}
     if len(devices) != 1 or next(iter(devices)).type != "cuda":
         return Graphed(function, False, f"not replayed: inputs on {', '.join(sorted(map(str, devices)))}")
-    given = [v.detach().clone() for v in like]
+    return _recorded(function, [v.detach().clone() for v in like])
+
+
+def _recorded(function: Pure, given: list[Tensor]) -> Graphed:  # pragma: no cover: needs CUDA (test_gpu.py)
+    """`graphed` on one CUDA device; `given` are the inputs that a replay reads."""
     device = given[0].device
     try:
         with torch.cuda.device(device):
@@ -80,7 +84,7 @@ class Reading(NamedTuple):
 
     def wanted(self) -> Tensor:
         """The values, on the CPU."""
-        if self.arrived is not None:
+        if self.arrived is not None:  # pragma: no cover: needs a CUDA device
             self.arrived.synchronize()
         return self.host
 
@@ -93,6 +97,10 @@ def read_back(value: Tensor) -> Reading:
     value = value.detach()
     if value.device.type != "cuda":
         return Reading(value.clone() if value.device.type == "cpu" else value.cpu(), None)
+    return _copying(value)
+
+
+def _copying(value: Tensor) -> Reading:  # pragma: no cover: needs CUDA (tests/test_gpu.py)
     host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
     with torch.cuda.device(value.device):
         host.copy_(value, non_blocking=True)

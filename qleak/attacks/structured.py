@@ -100,7 +100,7 @@ def closure(
 
 def block(layers: tuple[Layer, ...], params: Params, x: Tensor) -> int:
     """How many lanes go through together: their patches and weight gradients are about `BLOCK` numbers."""
-    if x.is_cuda:
+    if x.is_cuda:  # pragma: no cover: needs a CUDA device
         return len(x)
     numbers, h = tree.count(params), (x.shape[1], *x.shape[2:])
     for layer in layers:

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qleak.report import words
+from qleak.report import columns, words
 
 HEADS = ("teachers\nchanged", "largest move,\nof the promised", "divergence", "promised\nat most", "ε it shows")
 NOTE = (
@@ -46,7 +46,7 @@ def table(header: dict[str, Any]) -> Iterator[RenderableType]:
         grid.add_column(title, width=width, justify="right" if i else "left", vertical="bottom", overflow="fold")
     for arm, broken, cells in found:
         short = [cells[0], cells[1] + (" !" if broken else ""), cells[2].split(" ")[0], *cells[3:]]
-        grid.add_row(Text(arm, style="bold"), *short)
+        columns.add(grid, Text(arm, style="bold"), *short)
     yield grid
     broken = [arm for arm, broken, _ in found if broken]
     yield Text(

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from qleak import store
 from qleak.errors import Expected
+from qleak.folders import tensors_path
 from qleak.metrics import picture
 from qleak.plans import label
-from qleak.report import bounds, words
+from qleak.report import bounds, columns, words
 from qleak.store import Row
 
 HEADS = ("attack", "lane", "residual", "explains", "agrees\ndB", "PSNR\ndB", "closures")
+WIDTHS = (16, 13, 9, 8, 6, 6, 8)  # of the same in the terminal
 CANNOT = (
     "An update that withstood these attacks in this time may fall to others: nothing found is no proof of safety.",
     "Without the truth a picture is judged by how well it explains the message and by independent starts that agree; "
@@ -43,6 +45,10 @@ class Audited:
         summary = self.header.get("summary")
         return summary[0] if summary else None
 
+    def held(self, row: Row | None) -> bool:
+        """Whether the pictures of a row are (still) there."""
+        return row is not None and tensors_path(self.folder, f"chunk-{row['chunk']}").is_file()
+
     def guess(self, row: Row) -> Tensor:
         """The pictures of a row, `[b c h w]` in [0, 1]."""
         x = store.read_tensors(self.folder, f"chunk-{row['chunk']}")["x"][row["lane"]].float()
@@ -62,8 +68,9 @@ class Audited:
         return x[row["order"]] if row.get("order") is not None else x
 
     def truth(self) -> Tensor | None:
-        """The images that were given as truth."""
-        return store.read_tensors(self.folder, "captured").get("truth/x")
+        """The images that were given as truth; None without one, and where they were removed."""
+        held = tensors_path(self.folder, "captured").is_file()
+        return store.read_tensors(self.folder, "captured").get("truth/x") if held else None
 
 
 def number_or(value: float | None, other: float = float("inf")) -> float:
@@ -255,10 +262,11 @@ def table(run: Audited, verbose: bool = False) -> Iterator[RenderableType]:
     if odd:
         yield Text("")
         grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-        for title in ("parameter", "shape", "found as", "how"):
-            grid.add_column(title, overflow="fold")
+        for title, width in (("parameter", 24), ("shape", 13), ("found as", 20), ("how", 17)):
+            grid.add_column(title, width=width)
         for line in odd if verbose else odd[:12]:
-            grid.add_row(line["parameter"] or "—", "×".join(map(str, line["shape"])), line["found"] or "—", line["how"])
+            shape = "×".join(map(str, line["shape"]))
+            columns.add(grid, line["parameter"] or "—", shape, line["found"] or "—", line["how"])
         yield grid
         if len(odd) > 12 and not verbose:
             yield Text(f"… and {len(odd) - 12} more lines in report.html")
@@ -271,10 +279,10 @@ def table(run: Audited, verbose: bool = False) -> Iterator[RenderableType]:
     if run.rows:
         yield Text("")
         grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="")
-        for i, title in enumerate(HEADS):
-            grid.add_column(title, justify="left" if i < 2 else "right", vertical="bottom")
+        for i, (title, width) in enumerate(zip(HEADS, WIDTHS, strict=True)):
+            grid.add_column(title, width=width, justify="left" if i < 2 else "right", vertical="bottom")
         for row in ordered(run.rows):
-            grid.add_row(*map(Text, cells(row)), style="" if row["control"] == "none" else "dim")
+            columns.add(grid, *cells(row), style="" if row["control"] == "none" else "dim")
         yield grid
     for refused in run.header.get("refused_attacks") or []:
         yield Text(f"Not run: {refused['attack']} {refused['reason']}")

@@ -16,12 +16,12 @@ SHOWN = 16  # images of a batch
 def context(run: Audited) -> dict[str, Any]:
     """Everything the template needs beside what all pages say."""
     header = run.header
-    held = any((run.folder / "tensors").glob("*.safetensors"))
-    titles, lines = pictures(run) if run.found and held else ([], [])
-    gone = [] if held or not run.rows else ["The tensors of this run were removed: its pictures are left out."]
+    gone = not run.held(run.best()) and bool(run.rows)
+    titles, lines = pictures(run) if run.found and not gone else ([], [])
+    missing = ["The tensors of this run were removed: its pictures are left out."] if gone else []
     check = header.get("self_check") or {}
     return {
-        "missing": gone, "verdict": captured.verdict(header), "title": "audit of a captured update", "titles": titles, "lines": lines,
+        "missing": missing, "verdict": captured.verdict(header), "title": "audit of a captured update", "titles": titles, "lines": lines,
         "rests_on": captured.rests_on(header), "known": captured.known(header), "match": header["match"]["lines"],
         "odd": bool(captured.unusual(header)), "readings": check.get("readings") or [],
         "heads": [h.replace("\n", " ") for h in captured.HEADS], "cannot": captured.CANNOT,
@@ -39,7 +39,7 @@ def pictures(run: Audited) -> tuple[list[str], list[list[dict[str, Any] | None]]
     truth, found = run.truth(), run.found or {}
     titles = ["truth"] if truth is not None else []
     titles += ["best guess", "another start", "prior-only", "decoy's guess"]
-    sources = [(r, _ordered(run.guess(r), r) if r else None) for r in (best, other, *controls)]
+    sources = [(r, _ordered(run.guess(r), r)) if r and run.held(r) else (None, None) for r in (best, other, *controls)]
     lines = []
     for j in range(min(found["images"], SHOWN)):
         line: list[dict[str, Any] | None] = []

@@ -1,7 +1,7 @@
 """What a plan rests on, as BibTeX: the papers its attacks name, and those that the docstrings of its parts cite.
 
-Entries hold what the project's own text says and nothing else; a paper that is written in no known form becomes `@misc`
-with the whole line as its title.
+Entries hold what the project's own text says; a paper that is written in no known form becomes `@misc` with the whole line
+as its title. The papers that most runs rest on are written out in `MAIN`, whatever short form the text uses.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from qleak.catalog import catalog
@@ -35,9 +35,37 @@ class Paper(NamedTuple):
     note: str
 
 
+MAIN = {
+    (line[0].split(",")[0], line[3]): Paper(f"{line[0]}. {line[1]}. {' '.join(filter(None, line[2:4]))}.", *line)
+    for line in (
+        ("Zhu, Liu, Han", "Deep Leakage from Gradients", "NeurIPS", "2019", ""),
+        ("Zhao, Mopuri, Bilen", "iDLG: Improved Deep Leakage from Gradients", "", "2020", "arXiv:2001.02610"),
+        ("Geiping, Bauermeister, Dröge, Moeller",
+         "Inverting Gradients: How easy is it to break privacy in federated learning?", "NeurIPS", "2020", ""),
+        ("Abadi, Chu, Goodfellow, McMahan, Mironov, Talwar, Zhang", "Deep Learning with Differential Privacy", "CCS", "2016", ""),
+        ("Wang, Wu, Long, Rimanic, Zhang, Li",
+         "DataLens: Scalable Privacy Preserving Training via Gradient Compression and Aggregation", "CCS", "2021", ""),
+        ("Alistarh, Grubic, Li, Tomioka, Vojnovic",
+         "QSGD: Communication-Efficient SGD via Gradient Quantization and Encoding", "NeurIPS", "2017", ""),
+        ("Wen, Xu, Yan, Wu, Wang, Chen, Li",
+         "TernGrad: Ternary Gradients to Reduce Communication in Distributed Deep Learning", "NeurIPS", "2017", ""),
+        ("Vogels, Karimireddy, Jaggi",
+         "PowerSGD: Practical Low-Rank Gradient Compression for Distributed Optimization", "NeurIPS", "2019", ""),
+    )
+}  # fmt: skip
+"""By first author and year, all authors, title and venue."""
+
+
+def whole(paper: Paper) -> Paper:
+    """A paper as `MAIN` has it: of the same first author and year, and the same first word of the title; else as it is."""
+    main = MAIN.get((paper.authors.split(",")[0].split(" ")[0], paper.year))
+    return main if main and key(main) == key(paper) else paper
+
+
 def papers(header: dict[str, Any]) -> list[Paper]:
     """Every paper of a run's attacks, then those of channels, client, model and rule; each title once."""
-    found = {p.title: p for p in reversed([*map(read, header.get("papers") or []), *_cited(header.get("plan") or {})])}
+    named = [*map(read, header.get("papers") or []), *_cited(header.get("plan") or {})]
+    found = {p.title: p for p in reversed([whole(p) for p in named])}
     return list(reversed(found.values()))
 
 
@@ -50,15 +78,25 @@ def read(text: str) -> Paper:
     return Paper(text, "", text.rstrip("."), "", year[0] if year else "", "")
 
 
-def bibtex(paper: Paper) -> str:
-    """One entry; authors are the surnames that were named."""
+def entries(papers: Iterable[Paper]) -> list[str]:
+    """An entry for each paper; of papers that would share a key the second gets a "b", the third a "c"."""
+    taken: dict[str, int] = {}
+    made = []
+    for paper in papers:
+        taken[key(paper)] = n = taken.get(key(paper), 0) + 1
+        made.append(bibtex(paper, "" if n == 1 else chr(96 + n)))
+    return made
+
+
+def bibtex(paper: Paper, suffix: str = "") -> str:
+    """One entry, `suffix` behind its key; authors are the surnames that were named."""
     names = re.split(r",\s*(?:and\s+)?|\s+and\s+", re.sub(r",?\s*et al\.?$", ", others", paper.authors))
     fields = {
         "author": " and ".join(n for n in names if n), "title": f"{{{_tex(paper.title)}}}",
         "booktitle": _tex(paper.venue), "year": paper.year, "note": _tex(paper.note),
     }  # fmt: skip
     lines = [f"  {k} = {{{_tex(v) if k == 'author' else v}}}" for k, v in fields.items() if v]
-    return f"@{'inproceedings' if paper.venue else 'misc'}{{{key(paper)},\n" + ",\n".join(lines) + "\n}"
+    return f"@{'inproceedings' if paper.venue else 'misc'}{{{key(paper)}{suffix},\n" + ",\n".join(lines) + "\n}"
 
 
 def key(paper: Paper) -> str:
@@ -81,6 +119,9 @@ def _cited(plan: dict[str, Any]) -> Iterator[Paper]:
 
 
 def _quoted(text: str | None) -> Iterator[Paper]:
+    for (surname, year), paper in MAIN.items():  # "(Abadi et al. 2016, Algorithm 1)"
+        if re.search(rf"\b{surname} et al\.,? \(?{year}", " ".join((text or "").split())):
+            yield paper
     for m in QUOTED.finditer(" ".join((text or "").split())):
         authors, title, venue = m[1].removesuffix(",").replace(" and ", ", "), m[2], m[3].strip(" ,")
         yield Paper(

@@ -14,7 +14,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qleak.report import words
+from qleak.report import columns, words
 from qleak.report.frontier import Point
 
 TITLES = (
@@ -41,8 +41,8 @@ def table(points: Sequence[Point]) -> Iterator[RenderableType]:
         justify = "left" if title in ("channel", "strongest\nattack") else "right"
         grid.add_column(title, width=width, justify=justify, vertical="bottom", overflow="fold")
     for p in points:
-        grid.add_row(
-            Text(f"{'* ' if p.front else '  '}{p.channel}", style="bold" if p.front else ""),
+        columns.add(
+            grid, Text(f"{'* ' if p.front else '  '}{p.channel}", style="bold" if p.front else ""),
             words.number(p.bits, ".2f"), words.number(p.epsilon, ".3g"), Text(bare(p.attack)),
             words.number(p.psnr, ".1f"), words.number(p.psnr_plain, ".1f"), rebuilt(p),
             accuracy(p.test_accuracy, p.test_accuracy_ci),

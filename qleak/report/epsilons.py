@@ -13,8 +13,9 @@ NONE = (
 )
 NOTE = (
     "ε bounds every attack, also those that nobody has thought of; a PSNR only those that were run. It is derived from what "
-    "each channel sends (bound, noise, sampling, number of messages), and from nothing else. The words follow Ponomareva et "
-    "al. 2023, How to DP-fy ML: up to 1 strong, up to 10 reasonable, above weak to none."
+    "each channel sends (bound, noise, sampling, number of messages), and from nothing else. Strong (up to 1), reasonable "
+    "(up to 10) and weak (above) are the words of Ponomareva et al. 2023, How to DP-fy ML (JAIR), about a whole training; they "
+    "are that guide's, not a measurement of this run."
 )
 
 
@@ -60,4 +61,4 @@ def _says(epsilon: float | None, claimed: float | None, nominal: float | None) -
         return f"{nominal:g} is a label: no guarantee" if nominal is not None else "no guarantee"
     if epsilon <= 1:
         return "strong guarantee"
-    return "guarantee" if epsilon <= 10 else "guarantee too weak to protect"
+    return "reasonable guarantee" if epsilon <= 10 else "weak or no guarantee"

@@ -121,7 +121,7 @@ def _of_run(header: dict[str, Any], verdict: str, tiles: list[headline.Tile]) ->
         verdict, lead_is_title=header.get("kind") not in ("audit", "captured", "synthesis")
     )
     papers = citations.papers(header)
-    bibtex = "\n\n".join(map(citations.bibtex, papers))
+    bibtex = "\n\n".join(citations.entries(papers))
     return {
         "header": header, "title": header.get("recipe", "run"), "verdict": verdict, "lead": lead, "clauses": clauses,
         "tag": headline.tag(header) if header else ("", ""), "tiles": tiles, "missing": [],

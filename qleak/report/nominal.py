@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qleak.report import words
+from qleak.report import columns, words
 
 HEADS = ("ε", "nominal ε\n(a label)", "noise\nscale β", "L1 of an\nupdate", "L1/β (no\nguarantee)")
 NOTE = (
@@ -42,7 +42,7 @@ def table(headers: Mapping[str, Mapping[str, Any]]) -> Iterator[RenderableType]:
         for i, (title, width) in enumerate(zip(("channel", *HEADS), (30, 5, 9, 8, 9, 10), strict=True)):
             grid.add_column(title, width=width, justify="right" if i else "left", vertical="bottom", overflow="fold")
         for row in rows:
-            grid.add_row(Text(row["channel"], style="bold"), *row["cells"])
+            columns.add(grid, Text(row["channel"], style="bold"), *row["cells"])
         yield Text(f"Labels that are called ε{f', part {part}' if part else ''}:")
         yield grid
         yield Text("")

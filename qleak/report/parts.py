@@ -17,7 +17,7 @@ from rich.text import Text
 
 from qleak import store
 from qleak.catalog import short
-from qleak.report import words
+from qleak.report import columns, words
 from qleak.report.stored import by_arm
 
 WIDTHS = (5, 6, 7, 5, 7, 14, 5)
@@ -133,7 +133,7 @@ def table(found: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
         for title, width in zip(words.COLUMNS, WIDTHS, strict=True):
             grid.add_column(title, width=width, justify="right", vertical="bottom")
         for name, controls in by_part.items():
-            grid.add_row(Text(f"  {name}"), *words.cells(controls["none"], words.floor(controls)))
+            columns.add(grid, Text(f"  {name}"), *words.cells(controls["none"], words.floor(controls)))
         yield Text.assemble((names[attack], "bold"), f" · {channel}")
         yield grid
     yield Text("")
@@ -186,6 +186,6 @@ def norm_table(folders: dict[str, Path]) -> Iterator[RenderableType]:
     for name in found[0]:
         grid.add_column(name, width=12, justify="right", overflow="fold")
     for row in found[1]:
-        grid.add_row(row["channel"], *row["cells"])
+        columns.add(grid, row["channel"], *row["cells"])
     yield grid
     yield Text("")

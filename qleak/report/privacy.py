@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qleak import store
-from qleak.report import words
+from qleak.report import columns, words
 from qleak.report.compare import accuracy
 from qleak.report.drawn import INK, svg, tidy
 from qleak.report.training import Trained
@@ -79,8 +79,8 @@ def table(found: Sequence[dict[str, Any]]) -> Iterator[RenderableType]:
         justify = "left" if title in ("part", "channel") else "right"
         grid.add_column(title, width=width, justify=justify, vertical="bottom", overflow="fold")
     for s in found:
-        grid.add_row(
-            Text(s["part"], style="bold"), *([] if same else [Text(s["channel"])]), epsilon(s),
+        columns.add(
+            grid, Text(s["part"], style="bold"), *([] if same else [Text(s["channel"])]), epsilon(s),
             accuracy(s["test_accuracy"], s.get("test_accuracy_ci")),
             accuracy(s.get("robust_accuracy"), s.get("robust_accuracy_ci")), f"{s['diverged']}/{s['n']}",
         )  # fmt: skip

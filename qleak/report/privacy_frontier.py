@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from qleak.report import words
+from qleak.report import columns, words
 from qleak.report.compare import accuracy, rebuilt
 from qleak.report.drawn import svg, tidy
 from qleak.report.frontier import Point
@@ -69,7 +69,7 @@ def table(points: Sequence[Point]) -> Iterator[RenderableType]:
     for title, width in zip(HEADS, WIDTHS, strict=True):
         grid.add_column(title, width=width, justify="right", vertical="bottom", overflow="fold")
     for p in shown:
-        grid.add_row(Text(p.channel), *cells(p))
+        columns.add(grid, Text(p.channel), *cells(p))
     yield Text("")
     yield grid
     yield Text(f"{NOTE}\n")

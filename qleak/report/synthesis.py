@@ -16,7 +16,7 @@ from rich.text import Text
 from qleak import store
 from qleak.errors import Expected
 from qleak.metrics import student
-from qleak.report import canaries, words
+from qleak.report import canaries, columns, words
 from qleak.report.compare import accuracy
 from qleak.report.training import MOST, spark
 from qleak.store import Row
@@ -196,8 +196,8 @@ def table(run: Made) -> Iterator[RenderableType]:
         width = width or 80 - sum(w or 0 for _, w in TITLES) - len(TITLES)
         grid.add_column(title, width=width, justify="right" if i else "left", vertical="bottom", overflow="fold")
     for s in found:
-        grid.add_row(
-            Text(s["method"], style="bold"), spent(s["epsilon"]), str(s["steps"]), _share(s),
+        columns.add(
+            grid, Text(s["method"], style="bold"), spent(s["epsilon"]), str(s["steps"]), _share(s),
             percent(s["accuracy_max"]), *beside(s), words.number(s["distance"], ".4g"), words.number(s["cpu_s"], ".1f"),
         )  # fmt: skip
     yield grid
@@ -229,7 +229,7 @@ def _sparks(run: Made) -> Iterator[RenderableType]:
     grid.add_column(width=29)
     for arm, curve in curves.items():
         steps = f"{curve.mean[0]:.1%} → {curve.mean[-1]:.1%} at step {curve.at[-1]}"
-        grid.add_row(Text(arm), spark(curve.mean, low, high), steps)
+        columns.add(grid, Text(arm), spark(curve.mean, low, high), steps)
     yield Text(f"Accuracy, {low:.1%} (▁) to {high:.1%} (█), along the way:")
     yield grid
     yield Text("")
@@ -248,7 +248,7 @@ def _judges(found: list[dict[str, Any]]) -> Iterator[RenderableType]:
     for title, width in (("other judges", 59), ("accuracy", 11), ("max *", 6)):
         grid.add_column(title, width=width, justify="left" if width == 59 else "right", overflow="fold")
     for arm, j in others:
-        grid.add_row(Text(f"{arm} · {j['classifier']}"), _share(j), percent(j["accuracy_max"]))
+        columns.add(grid, Text(f"{arm} · {j['classifier']}"), _share(j), percent(j["accuracy_max"]))
     yield grid
     yield Text("")
 

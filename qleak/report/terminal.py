@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,13 +16,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qleak.report import bounds, captured, sheets, study, synthesis, training, words
+from qleak.report import bounds, captured, columns, sheets, study, synthesis, training, words
 from qleak.report.stored import Stored, by_arm, load, rgb
 from qleak.store import Row, read_run
 
 WIDTHS = (5, 6, 7, 5, 7, 14, 5)
 SHOWN = 4
 SMALL = 16
+COLOURLESS = Text("Pictures need a terminal with colours; report.html has them.\n")
+REMOVED = Text("The tensors of this run were removed: there are no pictures.\n")
 
 
 def show(folder: Path, quiet: bool = False, verbose: bool = False, console: Console | None = None) -> None:
@@ -36,7 +39,8 @@ def show(folder: Path, quiet: bool = False, verbose: bool = False, console: Cons
     Raises:
         Expected: there is no run, it is damaged, or of a kind that has no report.
     """
-    console = console or Console(highlight=False)
+    # Of NO_COLOR rich leaves out colours alone; no escape at all is what those ask for who set it.
+    console = console or Console(highlight=False, color_system=None if os.environ.get("NO_COLOR") else "auto")
     kind = read_run(folder).get("kind")
     if kind == "training":
         trained = training.load(folder)
@@ -69,10 +73,13 @@ def pictures(run: Stored, console: Console) -> Iterator[RenderableType]:
     """Originals beside the selected reconstruction of every arm, wrapped to the width; no colour, no pictures."""
     arms, chosen = run.arms(), run.chosen()
     images = list(run.originals)[:SHOWN]
-    if not images:
+    if not run.rows:
         return
-    if console.no_color or console.color_system not in ("256", "truecolor"):
-        yield Text("Pictures need a terminal with colours; report.html has them.\n")
+    if not images or not any(map(run.held, chosen.values())):
+        yield REMOVED
+        return
+    if plain(console):
+        yield COLOURLESS
         return
     wide = run.originals[images[0]].shape[-1]
     whole = (len(arms) + 1) * (wide + 2) <= console.width + 1
@@ -81,27 +88,36 @@ def pictures(run: Stored, console: Console) -> Iterator[RenderableType]:
     for start in range(0, len(arms), per):
         part = arms[start : start + per]
         grid = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-        for title in ("original", *("\n".join(arm) for arm in part)):
+        for title in (("original",), *part):
+            title = "\n".join(columns.folded(name, side + 1) for name in title)
             grid.add_column(Text(title), width=side + 1, overflow="fold", vertical="bottom")
         for image in images:
             line = [blocks(run.originals[image], side) + Text(f"\nimage {image}\n")]
             for arm in part:
                 row = chosen.get((*arm, image))
-                line.append(blocks(run.guess(row), side) + _caption(row) if row else Text("—"))
+                line.append(blocks(run.guess(row), side) + _caption(row) if row and run.held(row) else Text("—"))
             grid.add_row(*line)
         yield grid
     if len(run.originals) > len(images):
         yield Text(f"… and {len(run.originals) - len(images)} more images in report.html\n")
 
 
+def plain(console: Console) -> bool:
+    """Whether the console has too few colours for pictures: a pipe, NO_COLOR, a dumb or an old terminal."""
+    return console.no_color or console.color_system not in ("256", "truecolor")
+
+
 def samples(run: synthesis.Made, console: Console) -> Iterator[RenderableType]:
     """One synthetic image of every class for each arm, as wide as the console; no colour, no pictures."""
-    if not run.arms or console.no_color or console.color_system not in ("256", "truecolor"):
+    sheet_of = {arm: found for arm in run.arms if (found := run.sheet(arm)) is not None}
+    if not sheet_of:
+        if run.header.get("summary"):
+            yield REMOVED
         return
-    for arm in run.arms:
-        shown = run.sheet(arm)
-        if shown is None:
-            continue
+    if plain(console):
+        yield COLOURLESS
+        return
+    for arm, shown in sheet_of.items():
         first = rearrange(shown[1], "(k each) c h w -> k each c h w", k=run.classes)[:, 0]
         height, wide = first.shape[-2:]
         side = math.ceil(wide / math.ceil(wide / SMALL))
@@ -117,7 +133,13 @@ def samples(run: synthesis.Made, console: Console) -> Iterator[RenderableType]:
 
 def guessed(run: captured.Audited, console: Console) -> Iterator[RenderableType]:
     """The best guess of a captured update, the truth beneath it where it was given; no colour, no pictures."""
-    if run.found is None or console.no_color or console.color_system not in ("256", "truecolor"):
+    if run.found is None:
+        return
+    if not run.held(run.best()):
+        yield REMOVED
+        return
+    if plain(console):
+        yield COLOURLESS
         return
     for title, x in (("best guess", run.images()), ("truth", run.truth())):
         if x is not None:
@@ -158,10 +180,10 @@ def table(run: Stored, verbose: bool = False) -> Iterator[RenderableType]:
         for title, width in zip(words.COLUMNS, WIDTHS, strict=True):
             grid.add_column(title, width=width, justify="right", vertical="bottom")
         for attack, found in mine.items():
-            grid.add_row(Text(f"  {names[attack]}"), *words.cells(found["none"], words.floor(found)))
+            columns.add(grid, Text(f"  {names[attack]}"), *words.cells(found["none"], words.floor(found)))
             for control, s in found.items():
                 if verbose and control != "none":
-                    grid.add_row(Text(f"   {control}"), *words.cells(s, None), style="dim")
+                    columns.add(grid, Text(f"   {control}"), *words.cells(s, None), style="dim")
         heading = Text.assemble((channel, "bold"), f" · {words.cost(next(iter(mine.values()))['none'])}")
         yield heading
         yield grid

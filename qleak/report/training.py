@@ -15,7 +15,7 @@ from rich.text import Text
 from qleak import store
 from qleak.errors import Expected
 from qleak.metrics import student
-from qleak.report import nominal, words
+from qleak.report import columns, nominal, words
 from qleak.report.compare import accuracy
 from qleak.store import Row
 
@@ -138,8 +138,8 @@ def table(run: Trained) -> Iterator[RenderableType]:
         width = width or 80 - sum(w or 0 for _, w in titles) - len(titles)
         grid.add_column(title, width=width, justify="right" if i else "left", vertical="bottom", overflow="fold")
     for s in run.header.get("summary") or []:
-        grid.add_row(
-            Text(s["channel"], style="bold"), words.number(s["bits"], ".2f"), words.number(s["epsilon"], ".3g"),
+        columns.add(
+            grid, Text(s["channel"], style="bold"), words.number(s["bits"], ".2f"), words.number(s["epsilon"], ".3g"),
             accuracy(s["train_accuracy"], s.get("train_accuracy_ci")),
             accuracy(s["test_accuracy"], s.get("test_accuracy_ci")),
             *([accuracy(s["robust_accuracy"], s.get("robust_accuracy_ci"))] if robust else
@@ -181,7 +181,7 @@ def sparks(run: Trained) -> Iterator[RenderableType]:
     grid.add_column(width=longest, no_wrap=True)
     grid.add_column(width=16)
     for channel, band in curves.items():
-        grid.add_row(Text(channel), spark(band.mean, low, high), f"{band.mean[0]:.1%} → {band.mean[-1]:.1%}")
+        columns.add(grid, Text(channel), spark(band.mean, low, high), f"{band.mean[0]:.1%} → {band.mean[-1]:.1%}")
     yield Text(f"Test accuracy, {low:.1%} (▁) to {high:.1%} (█), against epochs:")
     yield grid
     yield Text("")
