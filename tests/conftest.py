@@ -1,4 +1,4 @@
-"""Slow tests run with --slow only; one intra-op thread, as the engine uses."""
+"""Three tiers: the fast tests always run, `slow` ones with --slow, `evidence` with --evidence. One intra-op thread, as the engine uses."""
 
 import sys
 
@@ -10,14 +10,16 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption(
+        "--evidence", action="store_true", help="run the tests at full size that print a report's figures, too"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--slow"):
-        return
     for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        for tier in ("slow", "evidence"):
+            if item.get_closest_marker(tier) and not config.getoption(f"--{tier}"):
+                item.add_marker(pytest.mark.skip(reason=f"{tier}: run with --{tier}"))
 
 
 @pytest.fixture

@@ -3,9 +3,9 @@
 from collections import Counter
 
 import numpy as np
-import pytest
 import torch
 from test_inference import NETS, SWEEP, exact, family, net, right, sent
+from tiers import sizes
 
 from qleak.adapters import capture, captured
 from qleak.adapters.given import Request
@@ -65,18 +65,18 @@ def table(folder, cases):
     return found, wrong
 
 
-@pytest.mark.slow
-def test_two_hundred_files_are_read_as_what_was_sent(tmp_path):
-    found, wrong = table(tmp_path, range(220))
+@sizes("step", 13, 1)  # prime to the grid's length: 17 of the 220, each through a channel of its own
+def test_two_hundred_files_are_read_as_what_was_sent(tmp_path, step):
+    found, wrong = table(tmp_path, range(0, 220, step))
     heads = ("right", "all", "certain", "likely", "not determined", "codes")
     print(f"\n{'family':12s} {' '.join(f'{h:>14s}' for h in heads)}")
     for name, line in found.items():
         print(f"{name:12s} {' '.join(f'{line[h]:14d}' for h in heads)}")
     print(*wrong, sep="\n")
     told = [line for name, line in found.items() if name not in UNTOLD]
-    assert sum(line["all"] for line in told) >= 150
+    assert sum(line["all"] for line in told) >= 150 // step
     assert sum(line["right"] for line in told) >= 0.95 * sum(line["all"] for line in told), wrong
-    assert all(found[n]["right"] == found[n]["not determined"] == found[n]["all"] for n in UNTOLD)
+    assert all(found[n]["right"] == found[n]["not determined"] == found[n]["all"] for n in UNTOLD if n in found)
 
 
 def test_every_format_gives_the_same_verdict(tmp_path):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tiers import sizes
 from torch.func import jacrev
 
 from qleak import random, tree
@@ -459,8 +460,8 @@ def test_psnr_of_errors():
     assert psnr_of(0.01) == pytest.approx(20.0) and psnr_of(math.inf) == -math.inf and psnr_of(0.0) == math.inf
 
 
-@pytest.mark.slow
-def test_the_colour_lenet_in_slices():
+@sizes("memory", 1e9, 1.5e8)
+def test_the_colour_lenet_in_slices(memory):
     """3,072 pixels, 85,000 numbers: JᵀJ·v is what one jvp and one vjp of the whole update say, held or made again."""
     model = lenet()
     params, buffers = model.init(random.generator("colour"))
@@ -470,6 +471,5 @@ def test_the_colour_lenet_in_slices():
     v = normal("v", shape=tuple(x.shape))
     moved = torch.func.jvp(update, (x.double(),), (v,))[1]
     expected = torch.func.vjp(update, x.double())[1](moved)[0].flatten()
-    for memory in (1e9, 1.5e8):
-        found = gram(jacobian(*setting, x, y, memory=memory), dict.fromkeys(params, torch.ones(()))) @ v.flatten()
-        assert torch.allclose(found, expected, rtol=1e-8, atol=1e-10 * float(expected.abs().max()))
+    found = gram(jacobian(*setting, x, y, memory=memory), dict.fromkeys(params, torch.ones(()))) @ v.flatten()
+    assert torch.allclose(found, expected, rtol=1e-8, atol=1e-10 * float(expected.abs().max()))

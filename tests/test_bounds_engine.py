@@ -188,3 +188,17 @@ def test_a_study_of_audits_gets_bounds_part_by_part(folder, tmp_path):
             pass
         bounded(study, run, "yes", live.quiet())
     assert read_run(tmp_path / "s" / "one")["bounds"]["summary"]
+
+
+def test_what_takes_seconds_each_and_minutes_together_is_left_out(tmp_path, monkeypatch, capsys):
+    """By "auto", a study's audits are counted together."""
+    plan = Audit(
+        model=build("models", "lenet(channels=1, size=25, classes=4, width=2)"), data="faces", victims=(0,),
+        channels=(build("channels", "chain(sign())"),), attacks=(build("attacks", "closed_form"),),
+    )  # fmt: skip
+    study = Study(names=("one", "two"), parts=(plan, replace(plan, victims=(1,))))
+    monkeypatch.setattr(beside, "seconds", lambda _: 0.6 * beside.SHORT)
+    with open_run(tmp_path / "s", study.header()) as run:
+        bounded(study, run, "auto", live.Console())
+    assert "Bounds left out: they take about 24 s." in capsys.readouterr().err
+    assert not (tmp_path / "s" / "one").exists()

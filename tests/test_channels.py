@@ -409,8 +409,9 @@ def test_levels_can_be_lanes():
     ids=lambda s: " > ".join(x.name for x in s),
 )
 def test_noise_without_a_bound_is_refused_when_the_chain_is_built(stages_):
+    what = r"(a bounded input|an input bounded in L1, not L2,)"
     with pytest.raises(
-        Expected, match=r"^Expected a bounded input before (laplace|gaussian)\(.*\): put clip_l[12]\(\.\.\.\) in front"
+        Expected, match=rf"^Expected {what} before (laplace|gaussian)\(.*\): put clip_l[12]\(\.\.\.\) in front"
     ):
         chain(*stages_)
 

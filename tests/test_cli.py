@@ -27,7 +27,7 @@ def tiny(bits: int = 8, steps: int = 2, data: str = "mnist5k", full: bool = Fals
     return Audit(
         model=build("models", "lenet(channels=1, size=28, classes=10, width=2)"), data=data, victims=(3, 4000),
         channels=(identity(), chain(uniform(bits=bits))),
-        attacks=(idlg(outer=1, inner=2), cells(stages=1, steps=steps, last=1)),
+        attacks=(idlg(outer=1, inner=2), cells(stages=1, steps=steps, last=1)), bounds="no",
     )
 '''
 
@@ -82,7 +82,8 @@ def test_unknown_and_malformed_config(qleak, tiny, tmp_path):
 def test_a_run_writes_its_folder_and_config_repeats_it(qleak, tiny, tmp_path):
     toml = tmp_path / "flags.toml"
     toml.write_text("bits = 5\nsteps = 3\nworkers = 1\n")
-    code, out, err = qleak("recipe", "run", tiny, "--config", toml, "--steps", 2, "--seed", 7)
+    more = ("--steps", 2, "--seed", 7, "--bounds", "yes", "--film", 2)
+    code, out, err = qleak("recipe", "run", tiny, "--config", toml, *more)
     assert code == 0, err
     assert "Verdict:" in out
     (folder,) = (tmp_path / "runs").iterdir()
@@ -90,6 +91,8 @@ def test_a_run_writes_its_folder_and_config_repeats_it(qleak, tiny, tmp_path):
     assert header["status"] == "done"
     assert (header["flags"]["bits"], header["flags"]["steps"], header["plan"]["seed"]) == (5, 2, 7)
     assert (folder / "report.html").stat().st_size > 1000
+    assert (folder / "bounds.jsonl").read_text()
+    assert list((folder / "tensors").glob("film-*"))
     rows = (folder / "rows.jsonl").read_text().splitlines()
     code, out, _ = qleak("recipe", "run", tiny, "--config", folder / "run.json", "--json")
     assert code == 0

@@ -129,7 +129,7 @@ def test_kill_9_loses_nothing_and_ctrl_c_exits_130(held):
         sys.executable,
         "-c",
         "from qleak.cli import main; main()",
-        *line(held, "update.pt", "--name", "killed", "--budget", "20s"),
+        *line(held, "update.pt", "--name", "killed", "--budget", "8s"),
     ]
     args += ["--workers", "1"]
     folder = held / "runs" / "killed"

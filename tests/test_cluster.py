@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from tiers import sizes
 
 from qleak import cluster, data, engine, executors, machine, pool, store
 from qleak.attacks import adaptive
@@ -367,11 +368,12 @@ def test_a_cluster_in_this_process_gives_the_rows_of_a_local_run(here, tmp_path,
     assert cluster.needs(plan.parts[0]) == []
 
 
-@pytest.mark.slow
-def test_twenty_killed_workers_lose_no_row_and_double_none(tmp_path):
-    """Kill -9 in the middle of a cell, twenty times, in a study of attacks and trainings; then compare bit for bit."""
+@sizes("count", 3, 20)
+def test_killed_workers_lose_no_row_and_double_none(tmp_path, count):
+    """Kill -9 in the middle of a cell, up to twenty times, in a study of attacks and trainings; then compare bit for bit."""
     pytest.importorskip("distributed")
-    plan = Study(("leakage", "accuracy"), (audit(images=4, steps=25, chunk=1), training(seeds=1)))
+    images = 4 if count > 3 else 1
+    plan = Study(("leakage", "accuracy"), (audit(images=images, steps=25, chunk=1), training(seeds=1)))
     ran(plan, tmp_path / "here")
     killed, over, alive = [], threading.Event(), {}
     with scheduler(tmp_path) as (address, _), cluster.connect(address) as team:
@@ -385,7 +387,7 @@ def test_twenty_killed_workers_lose_no_row_and_double_none(tmp_path):
 
         def kill():
             """Kills whoever is in a cell, and starts another in its place."""
-            while len(killed) < 20 and not over.is_set():
+            while len(killed) < count and not over.is_set():
                 busy, names = team.client.processing(), team.client.scheduler_info()["workers"]
                 due = len(killed) <= 2 * finished()  # spread over the run, more than one for some cells
                 for name in [w["name"] for a, w in names.items() if due and busy.get(a) and w["name"] in alive][:1]:
@@ -411,7 +413,7 @@ def test_twenty_killed_workers_lose_no_row_and_double_none(tmp_path):
             for process in alive.values():
                 process.kill()
                 process.join()
-    assert len(killed) == 20
+    assert len(killed) == count
     assert same(tmp_path / "here", tmp_path / "there")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 from killed import ERRORS, study
+from tiers import sizes
 
 from qleak import data, folders, store
 
@@ -144,10 +145,11 @@ def resumed(forker, base, before, safe, whole):
     assert not list(base.rglob("*.part"))
 
 
-@pytest.mark.slow
-def test_a_kill_at_every_call_loses_nothing(tmp_path, forker, whole):
+@sizes("step", 7, 1)
+def test_a_kill_at_every_call_loses_nothing(tmp_path, forker, whole, step):
     """The process kills itself in front of its 1st, 2nd, … call that changes the disk, and amid every write."""
-    for nth in range(10**4):
+    kills = range(0, 10**4, step)
+    for nth in kills:
         base = tmp_path / str(nth)
         base.mkdir()
         safe, said = forker("kill", nth, base)
@@ -156,18 +158,18 @@ def test_a_kill_at_every_call_loses_nothing(tmp_path, forker, whole):
         assert said == "killed"
         resumed(forker, base, {}, safe, whole)
         shutil.rmtree(base)
-    print(f"killed at each of {nth} calls")
+    print(f"killed at {kills.index(nth)} of {nth} calls")
     assert nth > 150
 
 
-@pytest.mark.slow
-def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, forker, whole):
+@sizes("count", 8, 50)
+def test_kills_at_random_moments_lose_nothing(tmp_path, forker, whole, count):
     """SIGKILL from outside, again and again on one folder until its run is done, then on the next."""
     draw, kills, runs, rows = random.Random(0), 0, 0, 0
-    while kills < 50:
+    while kills < count:
         base, safe, said = tmp_path / str(runs), set(), "killed"
         base.mkdir()
-        while said == "killed" and kills < 50:
+        while said == "killed" and kills < count:
             before = raw(base / "s")
             more, said = forker("plain", 0, base, draw.uniform(0, whole[1]))
             kills += said == "killed"
@@ -178,12 +180,12 @@ def test_fifty_kills_at_random_moments_lose_nothing(tmp_path, forker, whole):
     print(f"{kills} kills over {runs} runs of {rows} rows: 0 lost, 0 doubled")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("mode", "step"), [("fail", 1), ("full", 5)])
-def test_a_disk_that_refuses_any_call_loses_nothing(tmp_path, forker, whole, mode, step):
+@sizes("step", 9, 1)  # odd: each of the four errors in turn
+@pytest.mark.parametrize(("mode", "times"), [("fail", 1), ("full", 5)])
+def test_a_disk_that_refuses_any_call_loses_nothing(tmp_path, forker, whole, mode, times, step):
     """ENOSPC, EIO, EROFS, EACCES by turns at every call, or from some call on: one line, and the run goes on later."""
     refused = harmless = 0
-    for nth in range(0, 10**4, step):
+    for nth in range(0, 10**4, step * times):
         base = tmp_path / str(nth)
         base.mkdir()
         safe, said = forker(mode, nth, base)
@@ -303,8 +305,8 @@ def children(pid):
     return {p: parents[p][1] for p in mine - {pid} if p in parents}
 
 
-@pytest.mark.slow
-def test_kills_of_the_command_its_workers_and_its_group(tmp_path, digits):
+@sizes("targets", ("worker",), ("command", "worker", "group"))
+def test_kills_of_the_command_its_workers_and_its_group(tmp_path, digits, targets):
     """`qleak recipe run` with two workers: SIGKILL to one process or all, then the same command ends the run."""
     (tmp_path / "tiny.py").write_text(RECIPE.format(tests=str(TESTS)))
     program = shutil.which("qleak", path=str(Path(sys.executable).parent)) or shutil.which("qleak")
@@ -312,7 +314,8 @@ def test_kills_of_the_command_its_workers_and_its_group(tmp_path, digits):
     def begin(name):
         base = tmp_path / name
         base.mkdir(exist_ok=True)
-        command = [program, "recipe", "run", "../tiny.py", "--data", digits, "--workers", "2", "--quiet"]
+        words = ["--data", digits, "--workers", "2", "--bounds", "no", "--quiet"]
+        command = [program, "recipe", "run", "../tiny.py", *words]
         return base, subprocess.Popen(command, cwd=base, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def end(base):
@@ -327,7 +330,7 @@ def test_kills_of_the_command_its_workers_and_its_group(tmp_path, digits):
     expected = {k: v for k, v in content(first).items() if k[1] != "header"}
     summary = timeless(store.read_run(first)["summary"])
     draw, orphans = random.Random(1), set()
-    for i, target in enumerate(("command", "worker", "group")):
+    for i, target in enumerate(targets):
         base, process = begin(f"{target}-{i}")
         while not list(base.glob("runs/*/leakage/run.json")) and process.poll() is None:
             time.sleep(0.01)

@@ -1,9 +1,6 @@
 """FGSM and PGD stay in their balls and do what they say; `qleak evaluate` counts right."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -154,14 +151,6 @@ def run(tmp_path_factory):
     return folder, store.rows()
 
 
-def qleak(*argv, cwd):
-    code = "import sys; from qleak.cli import main; sys.argv = ['qleak', *sys.argv[1:]]; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *argv], capture_output=True, text=True, cwd=cwd, timeout=120,
-        env=os.environ | {"COLUMNS": "200"},
-    )  # fmt: skip
-
-
 def test_evaluate_repeats_the_runs_own_test_accuracy(run):
     folder, rows = run
     for name, key in ((folder, "0-0-2"), (folder / "0-1", "0-1-2")):
@@ -171,22 +160,23 @@ def test_evaluate_repeats_the_runs_own_test_accuracy(run):
         assert row["accuracy_ci"] == list(wilson(round(expected * 1000), 1000))
 
 
-def test_evaluate_prints_one_table_or_json(run):
+def test_evaluate_prints_one_table_or_json(run, qleak, monkeypatch):
     folder, _ = run
-    done = qleak("evaluate", "small", "--limit", "100", "--attack", "pgd", "--epsilon", "0.05", "--json", cwd=folder)
-    assert done.returncode == 2 and done.stderr.startswith("qleak: Expected a run's folder")
+    monkeypatch.setenv("COLUMNS", "200")
+    code, _, err = qleak("evaluate", "small", "--limit", "100", "--attack", "pgd", "--epsilon", "0.05", "--json")
+    assert code == 2 and err.startswith("qleak: Expected a run's folder")
     common = ("--limit", "100", "--attack", "pgd", "--epsilon", "0.05", "--steps", "5", "--restarts", "2")
-    done = qleak("evaluate", str(folder), *common, "--json", cwd=folder)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    code, out, err = qleak("evaluate", folder, *common, "--json")
+    assert code == 0, err
+    found = json.loads(out)
     clean, robust_ = found["rows"]
     assert found["data"] == "mnist5k" and "every fifth image" in found["split"] and found["epsilon"] == 0.05
     assert clean["attack"] == "none" and clean["n"] == robust_["n"] == 100
     assert robust_["accuracy"] < clean["accuracy"]
     low, high = robust_["accuracy_ci"]
     assert low <= robust_["accuracy"] <= high
-    done = qleak("evaluate", str(folder), *common, cwd=folder)
-    assert "pgd-5 linf ε=0.05, 2 starts" in done.stdout and f"{clean['accuracy']:.2%}" in done.stdout
+    out = qleak("evaluate", folder, *common)[1]
+    assert "pgd-5 linf ε=0.05, 2 starts" in out and f"{clean['accuracy']:.2%}" in out
 
 
 def test_evaluate_takes_a_models_name_too():

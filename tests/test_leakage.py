@@ -399,4 +399,4 @@ def test_a_race_ends_in_time_and_says_what_it_had_on_the_way(data, tmp_path):
 
 def test_without_a_clock_nothing_is_kept():
     clock = jobs.Watch(0)
-    assert clock.found(None) == (None, None) and not clock.over() and not clock.look()
+    assert clock.found(None) == (None, None) and not clock.over() and not clock.look(1)

@@ -38,12 +38,17 @@ def snippets() -> list[tuple[str, str]]:
 
 
 QUICK = ("recipe ls", "ls ", "data ls", "doctor", "--help", "recipe show")
+LONG = ("private_digits --dry-run", "--film 24")
+"""Those whose like is among the others, and that take most of a minute."""
 
 
-@pytest.mark.parametrize(
-    "command",
-    [pytest.param(c, marks=() if any(q in c for q in QUICK) else pytest.mark.slow) for c in commands()],
-)
+def tier(command: str):
+    if any(q in command for q in QUICK):
+        return ()
+    return pytest.mark.evidence if any(q in command for q in LONG) else pytest.mark.slow
+
+
+@pytest.mark.parametrize("command", [pytest.param(c, marks=tier(c)) for c in commands()])
 def test_shell_blocks(command, tmp_path):
     words = command.split()
     program = shutil.which("qleak", path=str(Path(sys.executable).parent)) or shutil.which("qleak")

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiers import sizes
 
 from qleak.cli import recipes
 from qleak.errors import Expected
@@ -163,9 +164,13 @@ def test_smoke_sees_what_is_missing(tmp_path):
     assert smoke.faults(tmp_path) == "a-1 is running with 0 lines"
 
 
-@pytest.mark.slow
-def test_smoke():
-    done = subprocess.run([sys.executable, "-m", "scripts.smoke"], capture_output=True, text=True, check=False)
+ONE_OF_EACH = ("pretrained_int8", "laplace_fl", "frontier", "private_digits")
+"""An audit, a training, a study, a synthesis."""
+
+
+@sizes("names", ONE_OF_EACH, ())
+def test_smoke(names):
+    done = subprocess.run([sys.executable, "-m", "scripts.smoke", *names], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:]
 
 

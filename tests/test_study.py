@@ -32,7 +32,7 @@ def small(images: int = 2) -> Study:
     """The plan."""
     net = build("models", "mlp(channels=1, size=28, hidden=(8,))")
     channels = (chain(), chain(sign()))
-    audit = Audit(net, "mnist5k", tuple(range(images)), channels, (dlg(outer=1),))
+    audit = Audit(net, "mnist5k", tuple(range(images)), channels, (dlg(outer=1),), bounds="no")
     training = Training(net, "mnist5k", channels, gradient(batch=50), epochs=1, limit=200, seeds=2)
     return Study(("leakage", "accuracy"), (audit, training))
 '''

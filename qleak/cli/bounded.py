@@ -23,8 +23,13 @@ def bounded(plan: Any, run: Run, asked: str, say: live.Console) -> None:
     from qleak.engine import bounds
 
     if plan.kind == "study":
-        for name, part in zip(plan.names, plan.parts, strict=True):
-            if part.kind == "audit":
+        audits = {n: p for n, p in zip(plan.names, plan.parts, strict=True) if p.kind == "audit"}
+        by_itself = [p for p in audits.values() if (asked or p.bounds) == "auto"]
+        needed = sum(map(bounds.seconds, by_itself))  # seconds each, minutes together
+        if needed > bounds.SHORT:
+            say.note(f"Bounds left out: they take about {needed:.0f} s. The same command with --bounds yes adds them.")
+        for name, part in audits.items():
+            if part not in by_itself or needed <= bounds.SHORT:
                 with store.open_run(run.folder / name, part.header()) as inner:
                     bounded(part, inner, asked, say)
         return
