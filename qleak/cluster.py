@@ -5,6 +5,7 @@ Only the client writes rows, each under its key, so that a cell which ran twice 
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import time
@@ -164,12 +165,16 @@ def connect(address: str, patience: float = PATIENCE) -> Iterator[Cluster]:
     log.setLevel(logging.CRITICAL)  # what a user can do about it is said in one line
     try:
         with config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
+            client, why = None, None
             try:
                 client = Client(address, timeout=ANSWER, set_as_default=False, name="qleak")
             except OSError:
-                raise Failed(f"Expected a dask scheduler at {address}, got no answer for {ANSWER:.0f} s.") from None
+                why = Failed(f"Expected a dask scheduler at {address}, got no answer for {ANSWER:.0f} s.")
             except (ValueError, TypeError) as error:
-                raise Expected(f"Expected --cluster tcp://HOST:PORT, got {address!r}: {error}.") from None
+                why = Expected(f"Expected --cluster tcp://HOST:PORT, got {address!r}: {error}.")
+            if client is None:
+                gc.collect()  # the half-made client closes itself, which must not happen inside of the next one's lock
+                raise why or Failed(f"Expected a dask scheduler at {address}.")
             team = Cluster(client, address, patience)
             try:
                 yield team
