@@ -165,16 +165,17 @@ def connect(address: str, patience: float = PATIENCE) -> Iterator[Cluster]:
     log.setLevel(logging.CRITICAL)  # what a user can do about it is said in one line
     try:
         with config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-            client, why = None, None
+            client: Any = None
+            why: Exception = Failed(f"Expected a dask scheduler at {address}, got no answer for {ANSWER:.0f} s.")
             try:
                 client = Client(address, timeout=ANSWER, set_as_default=False, name="qleak")
             except OSError:
-                why = Failed(f"Expected a dask scheduler at {address}, got no answer for {ANSWER:.0f} s.")
+                pass
             except (ValueError, TypeError) as error:
                 why = Expected(f"Expected --cluster tcp://HOST:PORT, got {address!r}: {error}.")
             if client is None:
                 gc.collect()  # the half-made client closes itself, which must not happen inside of the next one's lock
-                raise why or Failed(f"Expected a dask scheduler at {address}.")
+                raise why
             team = Cluster(client, address, patience)
             try:
                 yield team

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -13,8 +14,9 @@ from rich.console import Console
 
 import qleak
 from qleak import data, engine, random
-from qleak.bounds import chord, natural
-from qleak.catalog import build
+from qleak.bounds import Setting, bound_of, chord, natural
+from qleak.catalog import build, catalog
+from qleak.check import Expected
 from qleak.cli import live
 from qleak.cli.bounded import bounded
 from qleak.client import gradient
@@ -202,3 +204,28 @@ def test_what_takes_seconds_each_and_minutes_together_is_left_out(tmp_path, monk
         bounded(study, run, "auto", live.Console())
     assert "Bounds left out: they take about 24 s." in capsys.readouterr().err
     assert not (tmp_path / "s" / "one").exists()
+
+
+def made(stage):
+    """A stage of the paper's setting; None of what is no stage, or cannot be without arguments."""
+    try:
+        return stage()
+    except (TypeError, Expected):
+        return None
+
+
+CODES = sorted(n for n, f in catalog("channels").items() if getattr(made(f), "kind", "") == "code")
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_every_code_has_a_bound_or_says_why_not(code):
+    net = build("models", "mlp(channels=1, size=6, classes=3, hidden=(4,))")
+    params, buffers = net.init(random.generator(0))
+    x, y = random.uniform(random.generator(1), (1, 1, 6, 6)), torch.tensor([1])
+    channel = build("channels", f"chain({code}())")
+    update = gradient().update(net, params, buffers, x, y)
+    noise = channel.draw(random.generator(2), params)
+    (message,), _ = channel.send(channel.knobs(), update, noise, channel.init(params), params)
+    setting = Setting(gradient(), net, params, buffers)
+    for bound in bound_of(setting, channel, x, y, natural((1, 6, 6)), message):
+        assert bound.why or math.isfinite(bound.psnr), bound

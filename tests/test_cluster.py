@@ -220,8 +220,10 @@ def test_processes_give_the_rows_of_a_local_run_and_say_when_they_die(tmp_path):
     with ProcessPoolExecutor(1, context) as team:
         ran(plan, tmp_path / "processes", team)
         assert same(tmp_path / "here", tmp_path / "processes")
+        import test_cluster as importable  # under the name that another process knows it by
+
         with pytest.raises(Failed, match=r"died, probably out of memory\. The same"):
-            list(pool.results([Count("a", 1)], dying, team))
+            list(pool.results([importable.Count("a", 1)], importable.dying, team))
 
 
 def test_an_executor_that_breaks_or_refuses_ends_in_one_line():
@@ -312,7 +314,9 @@ def worker(address, name):
     context = get_context("forkserver" if sys.platform == "linux" else "spawn")
     if sys.platform == "linux":
         context.set_forkserver_preload(["qleak.engine", "distributed", "test_cluster"])
-    process = context.Process(target=work, args=(address, name), daemon=True)
+    import test_cluster as importable  # under the name that another process knows it by
+
+    process = context.Process(target=importable.work, args=(address, name), daemon=True)
     process.start()
     return process
 

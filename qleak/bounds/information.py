@@ -174,7 +174,8 @@ def _approximate(code: Stage, knobs: dict, sent: Tree, side: dict, like: Tree) -
         var = code.moments(knobs, sent, side, like)[1]
         words = "a coin's" if code.noise else "rounding"
     else:
-        assert code.cell is not None
+        if code.cell is None:
+            return Information({}, "", why=f"{code.name} has neither cells nor a variance to take")
         lo, hi = code.cell(knobs, sent, side, like)
         if any(not bool((v.isfinite()).all()) for t in (lo, hi) for v in t.values()):
             return Information({}, "", why=f"{code.name} leaves cells without an end, which have no variance")
