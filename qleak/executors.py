@@ -21,9 +21,8 @@ SECONDS = 60.0
 """Seconds after which a stint ends with the next checkpoint: what a dead worker may cost."""
 BYTES = 2**26
 """Bytes of checkpoints after which it does, too: what a worker holds of them at most."""
-_ONE = (
-    threading.Lock()
-)  # intra-op threads and the levels of forward derivatives belong to the process: one job at a time
+# Intra-op threads and the levels of forward derivatives belong to the process: one job at a time.
+_ONE = threading.Lock()
 
 
 class Ask(NamedTuple):

@@ -107,15 +107,13 @@ def files(folder: Path, patterns: tuple[str, ...], follow: bool = False) -> list
 def clear(folder: Path) -> None:
     """Removes a run and the runs within it, so that a kill at any moment leaves either the run or its removal.
 
-    run.json is renamed first, which takes no space, and goes last. Other people's files stay.
+    run.json is renamed first and goes last. Other people's files stay.
 
     Raises:
         Failed: a run within is being written, or the disk refused.
     """
     with disk.disk(folder):
-        if (folder / "run.json").exists():
-            (folder / "run.json").replace(folder / CLEARED)
-            disk.sync(folder)
+        condemn(folder)
         for inner in within(folder):
             with disk.locked(inner):
                 clear(inner)
@@ -127,9 +125,21 @@ def clear(folder: Path) -> None:
         (folder / CLEARED).unlink(missing_ok=True)
 
 
+def condemn(folder: Path) -> None:
+    """Begins a removal, by a new name for run.json, which takes no space: whoever finds it goes on removing."""
+    if (folder / "run.json").exists():
+        (folder / "run.json").replace(folder / CLEARED)
+        disk.sync(folder)
+
+
 def tensors_path(folder: Path, key: str) -> Path:
     """Where the tensors of `key` lie."""
     return folder / "tensors" / f"{quote(key, safe='=,+@()')}.safetensors"
+
+
+def held(folder: Path, key: str) -> bool:
+    """Whether tensors are saved under `key`; they may have been removed since."""
+    return tensors_path(folder, key).is_file()
 
 
 def parse(path: Path) -> tuple[dict[str, Row], int, str]:

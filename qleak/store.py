@@ -126,7 +126,7 @@ class Run:
 
     def has(self, key: str) -> bool:
         """Whether tensors are saved under `key`."""
-        return folders.tensors_path(self.folder, key).is_file()
+        return folders.held(self.folder, key)
 
     def load(self, key: str) -> dict[str, Tensor]:
         """The tensors saved under `key`; see `read_tensors`."""

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from qleak import engine, machine, store
-from qleak.cli import live, recipes
+from qleak.cli import live
+from qleak.cli import run as command
+from qleak.cluster import Placed
 from qleak.engine.study import SHARED
 from qleak.errors import Expected, Failed
 from qleak.plans import Study
@@ -28,11 +30,7 @@ def run(out: Path, part: str, job: planned.Job) -> Path:
         raise Expected(f"Expected a part of the study {job.name}, got {part!r}.")
     mine = plan.parts[plan.names.index(part)]
     device, workers, reasons = machine.place("auto", 0)
-    header = {
-        **plan.header(job.name, planned.flags_of(job)),
-        "source": recipes.path_of(job.name).read_text(encoding="utf-8"), "choices": reasons + engine.choices(plan),
-        "workers": workers, "device": device, **machine.describe(),
-    }  # fmt: skip
+    header = command.header(plan, job.name, planned.flags_of(job), Placed(device, workers, workers, reasons))
     folder = out / f"{job.name}-{plan.id}"
     with store.open_run(folder, header) as study:
         shared = {k: study.header[k] for k in SHARED if k in study.header}

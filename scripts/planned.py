@@ -53,9 +53,7 @@ def plan_of(job: Job) -> Any:
 
 def flags_of(job: Job) -> dict[str, Any]:
     """Every flag of a command with its value, as run.json keeps them."""
-    own, common = _given(job)
-    silent = ("config", "fresh", "dry_run", "json")
-    return own | {k: str(v) if k == "out" else v for k, v in common._asdict().items() if k not in silent}
+    return run.flags(*_given(job))
 
 
 def known(name: str) -> list[str]:

@@ -27,7 +27,7 @@ def bounded(plan: Any, run: Run, asked: str, say: live.Console) -> None:
         by_itself = [p for p in audits.values() if (asked or p.bounds) == "auto"]
         needed = sum(map(bounds.seconds, by_itself))  # seconds each, minutes together
         if needed > bounds.SHORT:
-            say.note(f"Bounds left out: they take about {needed:.0f} s. The same command with --bounds yes adds them.")
+            say.note(bounds.left_out(needed))
         for name, part in audits.items():
             if part not in by_itself or needed <= bounds.SHORT:
                 with store.open_run(run.folder / name, part.header()) as inner:
@@ -35,8 +35,8 @@ def bounded(plan: Any, run: Run, asked: str, say: live.Console) -> None:
         return
     if plan.kind not in ("audit", "captured"):
         return
-    now, left_out = bounds.due(plan, run, asked)
-    say.note(left_out)
+    now, why_not = bounds.due(plan, run, asked)
+    say.note(why_not)
     if now:
         victims = len(plan.victims) if plan.kind == "audit" else 1
         with say.counting("bounds", victims * len(plan.channels) * len(bounds.KINDS)) as count:

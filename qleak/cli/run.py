@@ -196,7 +196,7 @@ def execute(fn: Callable[..., Plan], name: str, own: dict[str, Any], common: Com
 
 
 def _execute(plan: Any, path: Path, name: str, own: dict[str, Any], common: Common, placed: Any) -> None:
-    from qleak import engine, machine, store
+    from qleak import engine, store
     from qleak.cli import watch
     from qleak.report import html, terminal
 
@@ -207,20 +207,7 @@ def _execute(plan: Any, path: Path, name: str, own: dict[str, Any], common: Comm
         say.estimate(plan, engine.estimate(plan, "cpu" if common.cluster else device), number)
         return
     folder = _folder(common, path.stem, plan)
-    flags = {
-        **own,
-        **{
-            k: str(v) if isinstance(v, Path) else v
-            for k, v in common._asdict().items()
-            if k not in ("config", "cluster", "fresh", "dry_run", "json")
-        },
-    }
-    header = {
-        **plan.header(name, flags),
-        "source": path.read_text(encoding="utf-8"), "choices": reasons + engine.choices(plan), "workers": number, "device": device,
-        **machine.describe(),
-    }  # fmt: skip
-    with store.open_run(folder, header, fresh=common.fresh) as run:
+    with store.open_run(folder, header(plan, name, flags(own, common), placed), fresh=common.fresh) as run:
         say.note(run.warning)
         try:
             with watch.observed(plan, run, say, common.watch, common.tensorboard, common.film) as (look, bar):
@@ -250,6 +237,24 @@ def _execute(plan: Any, path: Path, name: str, own: dict[str, Any], common: Comm
         print(f"qleak: interrupted; the run is done, `qleak report {folder}` shows it.", file=sys.stderr)
         raise typer.Exit(130) from None
     _gate(store.read_run(folder), common.fail_above)
+
+
+def flags(own: dict[str, Any], common: Common) -> dict[str, Any]:
+    """What run.json keeps of a command's flags: those that say what was run."""
+    silent = ("config", "cluster", "fresh", "dry_run", "json")
+    kept = {k: str(v) if isinstance(v, Path) else v for k, v in common._asdict().items() if k not in silent}
+    return {**own, **kept}
+
+
+def header(plan: Any, name: str, flags: dict[str, Any], placed: Any) -> dict[str, Any]:
+    """First content of run.json of the plan that the recipe `name` made, for a run that is `cluster.Placed` somewhere."""
+    from qleak import engine, machine
+
+    return {
+        **plan.header(name, flags),
+        "source": recipes.path_of(name).read_text(encoding="utf-8"), "choices": placed.reasons + engine.choices(plan),
+        "workers": placed.number, "device": placed.device, **machine.describe(),
+    }  # fmt: skip
 
 
 def _join(folder: Path) -> None:

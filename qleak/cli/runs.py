@@ -155,9 +155,7 @@ def _remove(folder: Path, tensors: bool) -> None:
                 path.unlink(missing_ok=True)
             print(f"{folder}: tensors removed")
             return
-        if (folder / "run.json").exists():  # whoever finds a half-removed run goes on removing
-            (folder / "run.json").replace(folder / folders.CLEARED)
-            disk.sync(folder)
+        folders.condemn(folder)
         inside, paths = list(folders.every(folder)), _doomed(folder, tensors)
         for path in paths:
             path.unlink(missing_ok=True)

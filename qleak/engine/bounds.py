@@ -69,8 +69,13 @@ def due(plan: Any, store: Run, asked: str = "") -> tuple[bool, str]:
     if asked == "no" or not known or store.header.get("bounds"):
         return False, ""
     if asked == "auto" and (needed := seconds(plan)) > SHORT:
-        return False, f"Bounds left out: they take about {needed:.0f} s. The same command with --bounds yes adds them."
+        return False, left_out(needed)
     return True, ""
+
+
+def left_out(needed: float) -> str:
+    """What to tell where bounds of so many seconds were not computed."""
+    return f"Bounds left out: they take about {needed:.0f} s. The same command with --bounds yes adds them."
 
 
 def beside(plan: Any, store: Run) -> Iterator[dict[str, Any]]:

@@ -12,9 +12,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from qleak import store
+from qleak import folders, store
 from qleak.errors import Expected
-from qleak.folders import tensors_path
 from qleak.metrics import picture
 from qleak.plans import label
 from qleak.report import bounds, columns, words
@@ -47,7 +46,7 @@ class Audited:
 
     def held(self, row: Row | None) -> bool:
         """Whether the pictures of a row are (still) there."""
-        return row is not None and tensors_path(self.folder, f"chunk-{row['chunk']}").is_file()
+        return row is not None and folders.held(self.folder, f"chunk-{row['chunk']}")
 
     def guess(self, row: Row) -> Tensor:
         """The pictures of a row, `[b c h w]` in [0, 1]."""
@@ -69,7 +68,7 @@ class Audited:
 
     def truth(self) -> Tensor | None:
         """The images that were given as truth; None without one, and where they were removed."""
-        held = tensors_path(self.folder, "captured").is_file()
+        held = folders.held(self.folder, "captured")
         return store.read_tensors(self.folder, "captured").get("truth/x") if held else None
 
 

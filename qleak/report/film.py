@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from qleak import store
+from qleak import folders, store
 from qleak.errors import Expected
 from qleak.metrics import psnr
 from qleak.report.stored import Arm, Stored, load, rgb, write_file
@@ -45,8 +45,8 @@ def films(run: Stored) -> dict[tuple[str, str, int], Film]:
     for key, row in run.chosen().items():
         chunk = row["chunk"]
         if chunk not in held:
-            path = run.folder / "tensors" / f"film-{chunk}.safetensors"
-            held[chunk] = store.read_tensors(run.folder, f"film-{chunk}") if path.is_file() else {}
+            there = folders.held(run.folder, f"film-{chunk}")
+            held[chunk] = store.read_tensors(run.folder, f"film-{chunk}") if there else {}
         film = held[chunk]
         if not film or row["lane"] not in film["lane"].tolist():
             continue

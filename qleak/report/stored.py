@@ -7,13 +7,13 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from einops import repeat
 from torch import Tensor
 
 from qleak import store
 from qleak.errors import Expected, Failed
+from qleak.folders import held
 from qleak.metrics import picture
 from qleak.store import Row
 
@@ -123,8 +123,7 @@ def load(folder: Path) -> Stored:
 
 def _tensors(folder: Path, key: str) -> dict[str, Tensor] | None:
     """Tensors of a run; None where they were removed. A damaged file is said."""
-    held = (folder / "tensors" / f"{quote(key, safe='=,+@()')}.safetensors").is_file()
-    return store.read_tensors(folder, key) if held else None
+    return store.read_tensors(folder, key) if held(folder, key) else None
 
 
 def by_arm(header: dict[str, Any]) -> dict[Arm, dict[str, Any]]:
