@@ -104,9 +104,9 @@ def steps_within(event: Any, target_epsilon: float, delta: float = 1e-5, at_most
     over = excess(at_most)
     if over <= 0:
         return at_most
-    if at_most == 1 or excess(1) > 0:
-        return 0
     fits = _last(lambda n: _excess(upper(event, delta, n).reported, target_epsilon), 0, at_most, over)
+    if fits == 0 and (at_most == 1 or excess(1) > 0):
+        return 0
     return _last(excess, max(fits, 1), at_most, over)
 
 

@@ -372,11 +372,11 @@ def test_a_cluster_in_this_process_gives_the_rows_of_a_local_run(here, tmp_path,
     assert cluster.needs(plan.parts[0]) == []
 
 
-@sizes("count", 3, 20)
+@sizes("count", 2, 20)
 def test_killed_workers_lose_no_row_and_double_none(tmp_path, count):
     """Kill -9 in the middle of a cell, up to twenty times, in a study of attacks and trainings; then compare bit for bit."""
     pytest.importorskip("distributed")
-    images = 4 if count > 3 else 1
+    images = 4 if count > 2 else 1
     plan = Study(("leakage", "accuracy"), (audit(images=images, steps=25, chunk=1), training(seeds=1)))
     ran(plan, tmp_path / "here")
     killed, over, alive = [], threading.Event(), {}

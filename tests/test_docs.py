@@ -55,7 +55,7 @@ def test_a_channel_of_ones_own_goes_through_every_law(house):
 
 @pytest.mark.slow
 def test_a_recipe_of_ones_own_parts_does_what_its_page_says(house, tmp_path):
-    house("-c", "from qleak.cli import main; main()", "recipe", "run", "./my_recipe.py", "--quiet")
+    house("-c", "from qleak.cli import main; main()", "recipe", "run", "./my_recipe.py", "--victims", "1", "--quiet")
     (header,) = (tmp_path / "here" / "runs").glob("my_recipe-*/run.json")
     summary = json.loads(header.read_text())["summary"]
     arms = {s["attack"].split("(")[0]: s["psnr_selected"] for s in summary if s["control"] == "none"}

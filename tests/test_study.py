@@ -1,11 +1,6 @@
 """A study: an audit and a training of the same channels, run as one and joined into one table."""
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -109,18 +104,15 @@ def test_starting_over_starts_every_part_over(plan, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_command_line_runs_shows_and_compares_a_study(tmp_path):
+def test_the_command_line_runs_shows_and_compares_a_study(tmp_path, qleak):
     (tmp_path / "small.py").write_text(RECIPE, encoding="utf-8")
-    program = shutil.which("qleak", path=str(Path(sys.executable).parent)) or shutil.which("qleak")
 
     def call(*words):
-        done = subprocess.run(
-            [program, *words], cwd=tmp_path, capture_output=True, text=True, check=False, env=dict(os.environ)
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        code, out, err = qleak(*words)
+        assert code == 0, err
+        return out
 
-    assert "Verdict" in call("recipe", "run", "./small.py")
+    assert "Verdict" in call("recipe", "run", "./small.py", "--workers", "1")
     (folder,) = (tmp_path / "runs").iterdir()
     assert (folder / "report.html").stat().st_size > 10_000
     assert {p["channel"] for p in store.read_run(folder)["summary"]} == {"fp32", "sign"}

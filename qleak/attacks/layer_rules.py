@@ -22,7 +22,7 @@ from torch import Tensor
 from qleak.attacks import convolutions, ghost, layer_norms, pools
 from qleak.attacks.ghost import Cell, Ghost, Split
 from qleak.attacks.slopes import SLOPES, curvature, slope
-from qleak.models.layers import apply_layer
+from qleak.models.layers import after, apply_layer
 from qleak.types import Buffers, Layer, Params
 
 Weights = dict[str, Any]
@@ -50,7 +50,7 @@ def up(layer: Layer, params: Params, buffers: Buffers, h: Tensor, lanes: int) ->
     match layer.kind:
         case "conv":
             seen = convolutions.patches(layer, h, lanes)
-            sides = shape(layer, tuple(h.shape))[2:]
+            sides = after(layer, tuple(h.shape))[2:]
             kernels = convolutions.columns(params[f"{layer.name}.weight"])
             return Seen(h, convolutions.forward(kernels, params[f"{layer.name}.bias"], seen, sides), seen)
         case "activation":
@@ -166,21 +166,6 @@ def pull(
             return layer_norms.pull(layer, params, seen.kept, gathered, prime, tangent, v)
         case "pool":
             return pools.down(layer, seen.before, seen.kept, prime)
-
-
-def shape(layer: Layer, before: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the output for an input of shape `before`, batch first."""
-    o = layer.options
-    match layer.kind:
-        case "flatten":
-            return (before[0], torch.Size(before[1:]).numel())
-        case "linear":
-            return (before[0], o["out"])
-        case "conv" | "pool":
-            sides = ((n + 2 * o["padding"] - o["kernel"]) // o["stride"] + 1 for n in before[2:])
-            return (before[0], o.get("out", before[1]), *sides)
-        case _:
-            return before
 
 
 def _tensor(less: Weights | None, name: str) -> Tensor | None:

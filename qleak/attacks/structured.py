@@ -22,6 +22,7 @@ from torch import Tensor
 from qleak import tree
 from qleak.attacks import layer_rules
 from qleak.attacks.layer_rules import Seen, Weights
+from qleak.models.layers import after
 from qleak.types import Buffers, Layer, Params, Tree
 
 BLOCK = 2**23
@@ -104,10 +105,9 @@ def block(layers: tuple[Layer, ...], params: Params, x: Tensor) -> int:
         return len(x)
     numbers, h = tree.count(params), (x.shape[1], *x.shape[2:])
     for layer in layers:
-        after = layer_rules.shape(layer, h)
+        h = after(layer, h)
         if layer.kind == "conv":
-            numbers += layer.options["in"] * layer.options["kernel"] ** 2 * after[0] * after[2] * after[3]
-        h = after
+            numbers += layer.options["in"] * layer.options["kernel"] ** 2 * h[0] * h[2] * h[3]
     return max(1, BLOCK // numbers)
 
 

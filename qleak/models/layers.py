@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +126,32 @@ def shapes(layer: Layer) -> dict[str, tuple[int, ...]]:
     return {f"{layer.name}.weight": weight, f"{layer.name}.bias": (o["out"],)}
 
 
+def after(layer: Layer, before: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a layer's output for an input of shape `before`, batch first.
+
+    By arithmetic: torch's meta tensors would tell, too, and import seconds' worth of its compiler for it.
+
+    Raises:
+        Expected: the layer does not fit such an input.
+    """
+    o = layer.options
+    name = f"{layer.kind} {layer.name}".strip()
+    if layer.kind == "flatten":
+        return (before[0], math.prod(before[1:]))
+    if "in" in o and (before[1] != o["in"] or len(before) != (4 if layer.kind == "conv" else 2)):
+        raise Expected(
+            f"Expected {o['in']} {'channels' if layer.kind == 'conv' else 'numbers'} in front of {name}; got {before[1:]}."
+        )
+    if layer.kind == "linear":
+        return (before[0], o["out"])
+    if layer.kind in ("conv", "pool"):
+        sides = [(n + 2 * o["padding"] - o["kernel"]) // o["stride"] + 1 for n in before[2:]]
+        if len(sides) != 2 or min(sides) < 1:
+            raise Expected(f"Expected at least {o['kernel']} pixels a side in front of {name}; got {before[1:]}.")
+        return (before[0], o.get("out", before[1]), *sides)
+    return before
+
+
 def default_init(gen: Generator, layer: Layer) -> Params:
     """Torch's default: weights and biases ~ U(−1/√fan_in, 1/√fan_in)."""
     o = layer.options
@@ -163,11 +190,7 @@ def sequential(
             x = apply_layer(layer, params, x)
         return x
 
-    meta = {k: torch.empty(s, device="meta") for layer in layers for k, s in shapes(layer).items()}
-    try:
-        classes = int(apply(meta, {}, torch.empty(1, *shape, device="meta")).shape[1])
-    except RuntimeError as error:
-        raise Expected(f"Expected layers that fit an input of shape {shape}: {error}") from None
+    outs = tuple(accumulate(layers, lambda before, layer: after(layer, before), initial=(1, *shape)))[1:]
     plain = not any(layer.kind == "norm" for layer in layers)
-    tapped = taps.of_layers(layers, shape, apply_layer, meta) if plain else None
-    return Model(initialise, apply, shape, classes, layers, tapped=tapped)
+    tapped = taps.of_layers(layers, outs, apply_layer) if plain else None
+    return Model(initialise, apply, shape, outs[-1][1], layers, tapped=tapped)

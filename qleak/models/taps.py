@@ -29,18 +29,14 @@ TRIED = (3, 2)  # sizes of two batches: an axis that is the batch has both
 
 
 def of_layers(
-    layers: Sequence[Layer],
-    shape: tuple[int, ...],
-    apply_layer: Callable[[Layer, Params, Tensor], Tensor],
-    meta: Params,
+    layers: Sequence[Layer], outs: Sequence[tuple[int, ...]], apply_layer: Callable[[Layer, Params, Tensor], Tensor]
 ) -> Tapped:
-    """A sequential net, opened; `meta` holds its parameters on the meta device."""
-    found, x = [], torch.empty(1, *shape, device="meta")
-    for layer in layers:
-        x = apply_layer(layer, meta, x)
+    """A sequential net, opened; `outs` are the shapes behind its layers."""
+    found = []
+    for layer, out in zip(layers, outs, strict=True):
         if layer.kind == "conv" or layer.kind == "linear":
             names = {"weight": f"{layer.name}.weight", "bias": f"{layer.name}.bias"}
-            found.append(Owner(layer.name, layer.kind, {**layer.options, **names, "out": tuple(x.shape[1:])}))
+            found.append(Owner(layer.name, layer.kind, {**layer.options, **names, "out": out[1:]}))
 
     def run(params: Params, buffers: Buffers, x: Tensor, taps: Tree) -> tuple[Tensor, Tree]:
         inputs: Tree = {}
