@@ -424,7 +424,7 @@ def test_killed_workers_lose_no_row_and_double_none(tmp_path, count):
 @pytest.mark.slow
 def test_a_lost_scheduler_is_one_line_and_the_run_goes_on(tmp_path):
     pytest.importorskip("distributed")
-    plan = audit(images=2, steps=40, chunk=1)
+    plan = audit(images=2, steps=15, chunk=1)
     ran(plan, tmp_path / "here")
     with scheduler(tmp_path) as (address, process):
         one = worker(address, "one")

@@ -59,7 +59,7 @@ def main(where):
 
 def ran(where):
     """Of `main` in a process of its own, so that a hang ends: (exit code, stdout, stderr)."""
-    code = f"import test_pool; test_pool.main({where!r})"
+    code = f"import test_pool; test_pool.pool.GRACE = 1; test_pool.main({where!r})"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
     )
