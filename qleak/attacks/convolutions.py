@@ -12,12 +12,20 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from qleak.types import Layer
+
+
+class Kept(NamedTuple):
+    """What the passes after the first ask for again: `patches` of the input, the shared kernels `turned`."""
+
+    patches: Tensor
+    turned: Tensor
 
 
 def patches(layer: Layer, h: Tensor, lanes: int) -> Tensor:

@@ -111,3 +111,13 @@ def _copying(value: Tensor) -> Reading:  # pragma: no cover: needs CUDA (tests/t
 
 def _kind(value: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return value.shape, value.dtype, value.device
+
+
+def maybe(mask: Tensor) -> bool:
+    """False where no entry is true: a look is free on a CPU; a GPU would wait for it, and gets the benefit of the doubt."""
+    return mask.is_cuda or bool(mask.any())
+
+
+def finite(x: Tensor) -> Tensor:
+    """Whether all of `x [lane …]` is finite, `[lane]`: by the largest number, a tenth of the time of asking each."""
+    return x.flatten(1).abs().amax(1) < torch.inf

@@ -32,7 +32,7 @@ Weights = dict[str, Any]
 class Seen(NamedTuple):
     """What a layer met: its input, its output, and what else it keeps.
 
-    That is the patches of a convolution, act′ of an activation, a norm's statistics, the places of maxima.
+    That is patches and kernels of a convolution, act′ of an activation, a norm's statistics, the places of maxima.
     """
 
     before: Tensor
@@ -49,10 +49,10 @@ def up(layer: Layer, params: Params, buffers: Buffers, h: Tensor, lanes: int) ->
     """The forward map, and what the other passes will ask for."""
     match layer.kind:
         case "conv":
-            seen = convolutions.patches(layer, h, lanes)
+            weight, bias = (params[f"{layer.name}.{end}"] for end in ("weight", "bias"))
+            kept = convolutions.Kept(convolutions.patches(layer, h, lanes), convolutions.turned(layer, weight))
             sides = after(layer, tuple(h.shape))[2:]
-            kernels = convolutions.columns(params[f"{layer.name}.weight"])
-            return Seen(h, convolutions.forward(kernels, params[f"{layer.name}.bias"], seen, sides), seen)
+            return Seen(h, convolutions.forward(convolutions.columns(weight), bias, kept.patches, sides), kept)
         case "activation":
             function = layer.options["function"]
             out = apply_layer(layer, params, h)
@@ -74,8 +74,7 @@ def down(layer: Layer, params: Params, seen: Seen, gathered: Tensor) -> Tensor:
     """(∂f/∂h)ᵀ δ, from `gather`'s δ."""
     match layer.kind:
         case "conv":
-            kernels = convolutions.turned(layer, params[f"{layer.name}.weight"])
-            return convolutions.transposed(layer, kernels, gathered, seen.before.shape)
+            return convolutions.transposed(layer, seen.kept.turned, gathered, seen.before.shape)
         case "linear":
             return gathered @ params[f"{layer.name}.weight"]
         case "activation":
@@ -95,7 +94,7 @@ def weigh(
     weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
     match layer.kind:
         case "conv":
-            found, total = convolutions.weigh(layer, seen.kept, delta, _tensor(less, weight), scale)
+            found, total = convolutions.weigh(layer, seen.kept.patches, delta, _tensor(less, weight), scale)
         case "norm":
             found, total = (v * scale for v in layer_norms.weigh(seen.kept, delta))
             found = found if (off := _tensor(less, weight)) is None else found - off
@@ -120,7 +119,7 @@ def push(layer: Layer, params: Params, seen: Seen, tangent: Tensor | None, v: We
     match layer.kind:
         case "conv":
             sides = seen.after.shape[2:]
-            own = convolutions.forward(convolutions.columns(v[weight]), v[bias], seen.kept, sides)
+            own = convolutions.forward(convolutions.columns(v[weight]), v[bias], seen.kept.patches, sides)
             if tangent is None:
                 return own
             o = layer.options
@@ -151,7 +150,7 @@ def pull(
         case "conv":
             shape = seen.before.shape
             own = convolutions.transposed(layer, convolutions.turned(layer, v[weight]), gathered, shape)
-            return own.add_(convolutions.spread(layer, convolutions.turned(layer, params[weight]), prime, shape))
+            return own.add_(convolutions.spread(layer, seen.kept.turned, prime, shape))
         case "linear":
             rows = gathered.unflatten(0, (lanes, -1))
             own = v[weight].pull if isinstance(v[weight], Ghost) else torch.bmm(rows, v[weight])

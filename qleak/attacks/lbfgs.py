@@ -12,24 +12,26 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from qleak.attacks.device import maybe
 from qleak.catalog import factory
 from qleak.check import at_least, positive, whole
 from qleak.types import Optimizer
 
 
 class LbfgsState(NamedTuple):
-    """`lane` first everywhere. `pairs` were stored since the last restart; `calls` counts updates.
+    """`lane` first everywhere. `count` pairs were stored since the last restart; `calls` counts updates.
 
-    Row i of `s [lane m d]`, `y`, `diagonal [lane m]` (sᵢᵀyᵢ), `inverse [lane m m]` (R⁻¹) and `yy` (YᵀY) is place i of the ring;
-    places without a pair are zero in the last three.
+    Place i of the ring holds `pairs [lane m+1 2 d]` (sᵢ, yᵢ), row i of `diagonal [lane m+1]` (sᵢᵀyᵢ), `inverse [lane m+1 m+1]` (R⁻¹)
+    and `yy` (YᵀY); places without a pair are zero in the last three. Into place m, which nobody reads, go the pairs
+    that are not stored: so every lane writes, and none asks first.
     """
 
     calls: Tensor
+    count: Tensor
     pairs: Tensor
-    s: Tensor
-    y: Tensor
     diagonal: Tensor
     inverse: Tensor
     yy: Tensor
@@ -63,43 +65,51 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
 
     def init(x: Tensor) -> LbfgsState:
         lanes, d = x.shape
-        lane = x.new_zeros(lanes)
-        gram = torch.zeros(lanes, history, history, dtype=torch.float64, device=x.device)
-        pairs = x.new_zeros(lanes, history, d)
+        lane, places = x.new_zeros(lanes), history + 1
+        gram = torch.zeros(lanes, places, places, dtype=torch.float64, device=x.device)
         count = torch.zeros(lanes, dtype=torch.int64, device=x.device)
         return LbfgsState(
-            calls=torch.zeros((), dtype=torch.int64), pairs=count, s=pairs, y=pairs.clone(),
+            calls=torch.zeros((), dtype=torch.int64), count=count, pairs=x.new_zeros(lanes, places, 2, d),
             diagonal=gram[:, 0].clone(), inverse=gram, yy=gram.clone(),
             gamma=lane + 1, x=x, loss=lane + torch.inf, grad=torch.zeros_like(x), direction=torch.zeros_like(x),
             step=lane, slope=lane.clone(), started=count > 0,
         )  # fmt: skip
 
     def update(state: LbfgsState, x: Tensor, loss: Tensor, grad: Tensor) -> tuple[Tensor, LbfgsState]:
-        enough = loss <= state.loss + 1e-4 * state.step * state.slope
-        accept = ~state.started | enough if armijo else torch.ones_like(state.started)
-        col = accept[:, None]
-        x0, g0 = torch.where(col, x, state.x), torch.where(col, grad, state.grad)
-        f0 = torch.where(accept, loss, state.loss)
-        state, sg, yg = _store(state, accept & state.started, x - state.x, grad - state.grad, g0, history, armijo)
-        d = torch.where(col, _direction(state, g0, sg, yg), state.direction)
-        slope = (d * g0).sum(-1)
+        accept, x0, g0, f0 = torch.ones_like(state.started), x, grad, loss
+        if armijo:
+            accept = ~state.started | (loss <= state.loss + 1e-4 * state.step * state.slope)
+            x0, g0 = (torch.where(accept[:, None], *v) for v in ((x, state.x), (grad, state.grad)))
+            f0 = torch.where(accept, loss, state.loss)
+        state, products = _store(
+            state, accept & state.started, x - state.x, grad - state.grad, g0, history, relative=armijo
+        )
+        d = _direction(state, g0, products)
+        d = torch.where(accept[:, None], d, state.direction) if armijo else d
+        slope, count = (d * g0).sum(-1), state.count
         # A direction that does not descend (rounding, or a lost history) starts again from −g.
         bad = accept & ~(slope < 0)
-        d = torch.where(bad[:, None], -g0, d)
-        slope = torch.where(bad, -g0.square().sum(-1), slope)
-        count = torch.where(bad, 0, state.pairs)
-        _forget(state, bad)
-        first = lr * (1 / g0.abs().sum(-1).clamp(min=1e-30)).clamp(max=1)
-        if armijo:  # move every number by about a tenth; the line search takes it back if that was too far
-            first = 0.1 * lr * x.shape[1] ** 0.5 / g0.norm(dim=-1).clamp(min=1e-30)
+        if maybe(bad):
+            d = torch.where(bad[:, None], -g0, d)
+            slope = torch.where(bad, -g0.square().sum(-1), slope)
+            count = torch.where(bad, 0, count)
+            for part in (state.diagonal, state.inverse, state.yy):
+                part.masked_fill_(bad.view(-1, *(1,) * (part.ndim - 1)), 0)
         # torch shortens its very first step only, and goes on with −g·lr if that stored no pair.
         begin = count == 0 if armijo else (count == 0) & (bad | ~state.started)
-        step = torch.where(accept, torch.where(begin, first, lr), state.step * shrink)
+        fresh = torch.full_like(slope, lr)
+        if maybe(begin):
+            if armijo:  # move every number by about a tenth; the line search takes it back if that was too far
+                first = 0.1 * lr * x.shape[1] ** 0.5 / g0.norm(dim=-1).clamp(min=1e-30)
+            else:
+                first = lr * (1 / g0.abs().sum(-1).clamp(min=1e-30)).clamp(max=1)
+            fresh = torch.where(begin, first, fresh)
+        step = torch.where(accept, fresh, state.step * shrink) if armijo else fresh
         state = state._replace(
-            calls=state.calls + 1, pairs=count, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
+            calls=state.calls + 1, count=count, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
             started=torch.ones_like(state.started),
         )  # fmt: skip
-        return x0 + step[:, None] * d, state
+        return torch.addcmul(x0, step[:, None], d), state
 
     def restart(state: LbfgsState, lanes: Tensor) -> LbfgsState:
         # Old curvature still describes most of the new objective; only the pair across the change is skipped.
@@ -110,8 +120,8 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
 
 def _store(
     state: LbfgsState, wanted: Tensor, s: Tensor, y: Tensor, g: Tensor, history: int, relative: bool
-) -> tuple[LbfgsState, Tensor, Tensor]:
-    """Puts (s, y) into the ring of every wanted lane with positive curvature; returns Sg and Yg as well.
+) -> tuple[LbfgsState, Tensor]:
+    """Puts (s, y) into the ring of every wanted lane with positive curvature; returns `[lane used 2]`, Sg and Yg, as well.
 
     Writes into the state's own buffers, so the state that was passed in is used up. `calls` bounds
     the pairs of every lane without a look at the device.
@@ -120,42 +130,33 @@ def _store(
     # torch's rule is absolute, and stores nothing once a loss is small; ours is free of units.
     least = 1e-6 * (s.square().sum(-1) * yy).sqrt() if relative else 1e-10
     keep = wanted & (sy > least)
-    lane, slot = torch.arange(len(s), device=s.device), state.pairs % history
     used = max(1, min(int(state.calls), history))
-    mine = keep[:, None]
-    state.s[lane, slot] = torch.where(mine, s, state.s[lane, slot])
-    state.y[lane, slot] = torch.where(mine, y, state.y[lane, slot])
+    lane, place = torch.arange(len(s), device=s.device), torch.where(keep, state.count % history, history)
+    state.pairs[lane, place] = torch.stack([s, y], 1)
     # One pass over the pairs serves the new columns and the coming direction: few rows times many.
-    rows = torch.stack([y, g], 1)
-    by_s, by_y = (torch.bmm(rows, pairs[:, :used].mT).double() for pairs in (state.s, state.y))
-    inverse, gram = state.inverse[:, :used, :used], state.yy[:, :used, :used]
-    inverse[lane, slot] = torch.where(mine, 0, inverse[lane, slot])
-    before, column = inverse[lane, :, slot], by_s[:, 0].clone()
-    pivot = torch.where(mine, column[lane, slot][:, None], 1)
-    inverse[lane, :, slot] = torch.where(mine, 0, before)
-    column = -torch.bmm(inverse, column[:, :, None])[:, :, 0] / pivot
-    column[lane, slot] = 1 / pivot[:, 0]
-    inverse[lane, :, slot] = torch.where(mine, column, before)
-    state.diagonal[lane, slot] = torch.where(keep, pivot[:, 0], state.diagonal[lane, slot])
-    gram[lane, slot] = torch.where(mine, by_y[:, 0], gram[lane, slot])
-    gram[lane, :, slot] = gram[lane, slot]
+    rows, pairs = torch.stack([y, g], 1), state.pairs[:, :used].flatten(1, 2)
+    products = torch.bmm(rows, pairs.mT).double().unflatten(2, (used, 2))
+    column, gram = F.pad(products[:, 0].mT, (0, history + 1 - used)).unbind(1)
+    at, pivot = place[:, None], torch.where(keep, sy, 1).double()[:, None]
+    column = column.scatter(1, at, 0)  # what stood in that place is gone
+    column[:, :used] = torch.bmm(state.inverse[:, :used, :used], column[:, :used, None])[:, :, 0] / -pivot
+    column.scatter_(1, at, 1 / pivot)
+    state.inverse[lane, place] = 0
+    state.inverse[lane, :, place] = column
+    state.yy[lane, place] = gram
+    state.yy[lane, :, place] = gram
+    state.diagonal.scatter_(1, at, pivot)
     gamma = torch.where(keep, sy / yy.clamp(min=1e-30), state.gamma)
-    return state._replace(pairs=state.pairs + keep, gamma=gamma), by_s[:, 1], by_y[:, 1]
+    return state._replace(count=state.count + keep, gamma=gamma), products[:, 1]
 
 
-def _direction(state: LbfgsState, g: Tensor, sg: Tensor, yg: Tensor) -> Tensor:
+def _direction(state: LbfgsState, g: Tensor, products: Tensor) -> Tensor:
     """−Hg by the compact form; lanes without pairs get −γg."""
-    used = sg.shape[1]
+    used = products.shape[1]
+    sg, yg = products.unbind(2)
     inverse, gamma = state.inverse[:, :used, :used], state.gamma.double()[:, None]
     u = torch.bmm(inverse, sg[:, :, None])
     bent = state.diagonal[:, :used] * u[:, :, 0] + gamma * (torch.bmm(state.yy[:, :used, :used], u)[:, :, 0] - yg)
-    top = torch.bmm(bent[:, None], inverse)
-    low = -gamma[..., None] * u.mT
-    combined = torch.bmm(top.to(g.dtype), state.s[:, :used]) + torch.bmm(low.to(g.dtype), state.y[:, :used])
-    return -(state.gamma[:, None] * g + combined[:, 0])
-
-
-def _forget(state: LbfgsState, lanes: Tensor) -> None:
-    """Empties the rings of some lanes, in the state's own buffers."""
-    for part in (state.diagonal, state.inverse, state.yy):
-        part.masked_fill_(lanes.view(-1, *(1,) * (part.ndim - 1)), 0)
+    top = torch.bmm(bent[:, None], inverse)[:, 0]
+    weights = torch.stack([top, -gamma * u[:, :, 0]], 2).flatten(1)[:, None].to(g.dtype)
+    return torch.bmm(weights, state.pairs[:, :used].flatten(1, 2))[:, 0].addcmul(state.gamma[:, None], g).neg_()

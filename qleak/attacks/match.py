@@ -17,6 +17,7 @@ from torch.func import vmap
 from qleak import random
 from qleak.attacks import labels, objectives, penalties, priors, routes, stages
 from qleak.attacks.closed_form import refuse, solve_lanes
+from qleak.attacks.device import finite, maybe
 from qleak.attacks.group import grouped
 from qleak.attacks.settings import STARTS, Settings
 from qleak.client import View, one_hot
@@ -135,7 +136,7 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         elif given(view) == "errors":
             gradient.append(state.unit * dt[:, 0])
         flat = torch.cat(gradient, 1)
-        broken = ~(loss.isfinite() & flat.isfinite().all(-1))
+        broken = ~(loss.isfinite() & finite(flat))
         loss = torch.where(broken, torch.inf, loss)
         better = loss < state.best_loss
         state = state._replace(
@@ -150,9 +151,8 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
             pixels = images[0].numel()
             x = torch.cat([x[:, :pixels].clamp(0, 1), x[:, pixels:]], 1)
         state = state._replace(x=x, optimizer=inner_state, since=state.since + 1, mark_since=state.mark_since + 1)
-        # A line search recovers from a broken trial by itself; an accepted one is lost.
-        lost = broken & ~x.isfinite().all(-1)
-        state = state._replace(status=torch.where(lost, Status.DIVERGED, state.status))
+        if maybe(broken):  # a line search recovers from a broken trial by itself; an accepted one is lost
+            state = state._replace(status=torch.where(broken & ~finite(x), Status.DIVERGED, state.status))
         still = torch.where((loss - state.last_loss).abs() < settings.tolerance, state.still + 1, 0)
         state = state._replace(last_loss=loss, still=still)
         state = stages.advance(settings, state, settings.path or objectives.is_noisy(view, settings.objective))
