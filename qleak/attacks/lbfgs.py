@@ -22,7 +22,7 @@ from qleak.types import Optimizer
 
 
 class LbfgsState(NamedTuple):
-    """`lane` first everywhere. `count` pairs were stored since the last restart; `calls` counts updates.
+    """`lane` first everywhere. `stored` pairs are there since the last restart; `calls` counts updates.
 
     Place i of the ring holds `pairs [lane m+1 2 d]` (sᵢ, yᵢ), row i of `diagonal [lane m+1]` (sᵢᵀyᵢ), `inverse [lane m+1 m+1]` (R⁻¹)
     and `yy` (YᵀY); places without a pair are zero in the last three. Into place m, which nobody reads, go the pairs
@@ -30,7 +30,7 @@ class LbfgsState(NamedTuple):
     """
 
     calls: Tensor
-    count: Tensor
+    stored: Tensor
     pairs: Tensor
     diagonal: Tensor
     inverse: Tensor
@@ -69,7 +69,7 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         gram = torch.zeros(lanes, places, places, dtype=torch.float64, device=x.device)
         count = torch.zeros(lanes, dtype=torch.int64, device=x.device)
         return LbfgsState(
-            calls=torch.zeros((), dtype=torch.int64), count=count, pairs=x.new_zeros(lanes, places, 2, d),
+            calls=torch.zeros((), dtype=torch.int64), stored=count, pairs=x.new_zeros(lanes, places, 2, d),
             diagonal=gram[:, 0].clone(), inverse=gram, yy=gram.clone(),
             gamma=lane + 1, x=x, loss=lane + torch.inf, grad=torch.zeros_like(x), direction=torch.zeros_like(x),
             step=lane, slope=lane.clone(), started=count > 0,
@@ -86,17 +86,17 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
         )
         d = _direction(state, g0, products)
         d = torch.where(accept[:, None], d, state.direction) if armijo else d
-        slope, count = (d * g0).sum(-1), state.count
+        slope, stored = (d * g0).sum(-1), state.stored
         # A direction that does not descend (rounding, or a lost history) starts again from −g.
         bad = accept & ~(slope < 0)
         if maybe(bad):
             d = torch.where(bad[:, None], -g0, d)
             slope = torch.where(bad, -g0.square().sum(-1), slope)
-            count = torch.where(bad, 0, count)
+            stored = torch.where(bad, 0, stored)
             for part in (state.diagonal, state.inverse, state.yy):
                 part.masked_fill_(bad.view(-1, *(1,) * (part.ndim - 1)), 0)
         # torch shortens its very first step only, and goes on with −g·lr if that stored no pair.
-        begin = count == 0 if armijo else (count == 0) & (bad | ~state.started)
+        begin = stored == 0 if armijo else (stored == 0) & (bad | ~state.started)
         fresh = torch.full_like(slope, lr)
         if maybe(begin):
             if armijo:  # move every number by about a tenth; the line search takes it back if that was too far
@@ -106,7 +106,7 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
             fresh = torch.where(begin, first, fresh)
         step = torch.where(accept, fresh, state.step * shrink) if armijo else fresh
         state = state._replace(
-            calls=state.calls + 1, count=count, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
+            calls=state.calls + 1, stored=stored, x=x0, loss=f0, grad=g0, direction=d, step=step, slope=slope,
             started=torch.ones_like(state.started),
         )  # fmt: skip
         return torch.addcmul(x0, step[:, None], d), state
@@ -131,7 +131,7 @@ def _store(
     least = 1e-6 * (s.square().sum(-1) * yy).sqrt() if relative else 1e-10
     keep = wanted & (sy > least)
     used = max(1, min(int(state.calls), history))
-    lane, place = torch.arange(len(s), device=s.device), torch.where(keep, state.count % history, history)
+    lane, place = torch.arange(len(s), device=s.device), torch.where(keep, state.stored % history, history)
     state.pairs[lane, place] = torch.stack([s, y], 1)
     # One pass over the pairs serves the new columns and the coming direction: few rows times many.
     rows, pairs = torch.stack([y, g], 1), state.pairs[:, :used].flatten(1, 2)
@@ -147,7 +147,7 @@ def _store(
     state.yy[lane, :, place] = gram
     state.diagonal.scatter_(1, at, pivot)
     gamma = torch.where(keep, sy / yy.clamp(min=1e-30), state.gamma)
-    return state._replace(count=state.count + keep, gamma=gamma), products[:, 1]
+    return state._replace(stored=state.stored + keep, gamma=gamma), products[:, 1]
 
 
 def _direction(state: LbfgsState, g: Tensor, products: Tensor) -> Tensor:
