@@ -65,7 +65,7 @@ def qleak_docs():
     return Path(__file__).parent.parent / "docs"
 
 
-@pytest.mark.slow  # test_commands runs the block as well, without its verdict
+@pytest.mark.slow  # test_readme runs the block as well, without its verdict
 def test_the_documented_lines_run(held, tmp_path, monkeypatch, capsys):
     """The Python block of docs/audit-your-own.md, word for word."""
     text = (qleak_docs() / "audit-your-own.md").read_text(encoding="utf-8")

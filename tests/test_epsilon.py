@@ -25,6 +25,13 @@ def test_sigma_of_a_training_run():
     assert epsilon(event("gaussian", 0.67309 * 0.99, "32/60000"), 1e-5, 18750) > 1
 
 
+@pytest.mark.evidence
+def test_sigma_of_a_training_run_is_found():
+    sigma = calibrate("gaussian", 1.0, "32/60000", 18750)
+    assert sigma == pytest.approx(0.67309, rel=0.01)
+    assert epsilon(event("gaussian", sigma, "32/60000"), 1e-5, 18750) <= 1
+
+
 @pytest.mark.parametrize(("mechanism", "target", "rate", "steps", "delta"), [
     ("gaussian", 8.0, 1, 1, 1e-5), pytest.param("gaussian", 0.1, "256/60000", 14062, 1e-5, marks=pytest.mark.slow),
     ("laplace", 1.0, 1, 1000, 1e-5), ("laplace", 0.3, 0.01, 500, 1e-5), ("laplace", 2.0, 0.1, 7, 0),

@@ -1,9 +1,9 @@
-"""A GPU kept busy from Python: replayed graphs of pure functions, and losses read back without waiting.
+"""A GPU kept busy from Python: replayed graphs of pure functions, losses read back without waiting, looks where they are free.
 
 A closure of a small net is some hundred kernels of a few microseconds; launching them from Python takes longer than
 running them. `graphed` records them once and replays them as one. What may be recorded is a pure function of tensors of
-fixed shapes: a whole attack step is not, because L-BFGS chooses its slots in Python by a counter, and a replayed graph would
-write into the recorded slot for ever. So the closure is recorded, and the step around it stays as it is. When lanes leave
+fixed shapes: a whole attack step is not, because L-BFGS reads as many pairs as a counter in Python says, and a replayed
+graph would read the recorded number for ever. So the closure is recorded, and the step around it stays as it is. When lanes leave
 the batch, shapes change, and the function is recorded again.
 """
 

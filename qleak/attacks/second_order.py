@@ -10,6 +10,7 @@ from torch.func import vmap
 
 from qleak import random, tree
 from qleak.attacks import boxes, gauss_newton, labels, objectives, priors, routes, stages
+from qleak.attacks.device import finite
 from qleak.attacks.drive import lanes_at
 from qleak.catalog import factory
 from qleak.check import at_least, between, one_of, positive, whole
@@ -174,7 +175,7 @@ def levenberg_marquardt(
         # Every iterate of conjugate gradients has δᵀ(H + λ)δ = −gᵀδ, so the model's decrease needs no product.
         predicted = -(gradient * delta).sum(1) + damping * delta.square().sum(1)
         ratio = (loss - reached) / predicted.clamp(min=1e-38)
-        better = (reached < loss) & trial.isfinite().all(1)
+        better = (reached < loss) & finite(trial)
         factor = (1 - (2 * ratio - 1).clamp(max=1) ** 3).clamp(1 / 3, 2)
         stuck = ~better & (damping > 1e8 * first)
         over = (better & (reached > (1 - settle) * loss)) | stuck

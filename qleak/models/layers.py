@@ -135,19 +135,23 @@ def after(layer: Layer, before: tuple[int, ...]) -> tuple[int, ...]:
         Expected: the layer does not fit such an input.
     """
     o = layer.options
-    name = f"{layer.kind} {layer.name}".strip()
+
+    def misfit(wanted: str) -> Expected:
+        where = f"{layer.kind} {layer.name}".strip()
+        return Expected(f"Expected {wanted} in front of {where}; got {before[1:]}.")
+
     if layer.kind == "flatten":
         return (before[0], math.prod(before[1:]))
-    if "in" in o and (before[1] != o["in"] or len(before) != (4 if layer.kind == "conv" else 2)):
-        raise Expected(
-            f"Expected {o['in']} {'channels' if layer.kind == 'conv' else 'numbers'} in front of {name}; got {before[1:]}."
-        )
+    if layer.kind == "conv" and (len(before) != 4 or before[1] != o["in"]):
+        raise misfit(f"{o['in']} channels")
     if layer.kind == "linear":
+        if before[1:] != (o["in"],):
+            raise misfit(f"{o['in']} numbers")
         return (before[0], o["out"])
     if layer.kind in ("conv", "pool"):
         sides = [(n + 2 * o["padding"] - o["kernel"]) // o["stride"] + 1 for n in before[2:]]
         if len(sides) != 2 or min(sides) < 1:
-            raise Expected(f"Expected at least {o['kernel']} pixels a side in front of {name}; got {before[1:]}.")
+            raise misfit(f"at least {o['kernel']} pixels a side")
         return (before[0], o.get("out", before[1]), *sides)
     return before
 
