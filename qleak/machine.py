@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from qleak import native
 from qleak.errors import Expected
 
 PACKAGES = (
@@ -113,7 +114,8 @@ class Identity(NamedTuple):
 @functools.cache
 def identity() -> Identity:
     """This process's, as it was at the first call."""
-    chip = f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}"
+    kernels = "compiled" if native.library().code else "torch's"
+    chip = f"{cpu_name()} {torch.backends.cpu.get_cpu_capability()}, {kernels} kernels"
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     return Identity(versions()["qleak"], _code(), torch.__version__, chip, gpu, platform.node())
 
@@ -121,7 +123,7 @@ def identity() -> Identity:
 def _code() -> str:
     """BLAKE2b (10 hex digits) of the package's sources, those left out that only show results."""
     root, found = Path(__file__).parent, hashlib.blake2b(digest_size=5)
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(path for kind in ("*.py", "*.cpp", "*.h") for path in root.rglob(kind)):
         room = path.relative_to(root).parts[0]
         if room not in ("adapters", "cli", "recipes", "report"):
             found.update(path.relative_to(root).as_posix().encode() + path.read_bytes())

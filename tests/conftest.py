@@ -40,3 +40,15 @@ def qleak(monkeypatch, capsys, tmp_path):
         return code, out.out, out.err
 
     return run
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def kernels(request, monkeypatch):
+    """The test runs with the compiled kernels, and once more with torch's operations in their place."""
+    from qleak import native
+
+    if request.param == "torch":
+        monkeypatch.setattr(native, "serves", lambda x: False)
+    elif native.library().code is None:
+        pytest.skip(native.described())
+    return request.param

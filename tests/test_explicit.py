@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import grad, vmap
 
-from qleak import random, tree
-from qleak.attacks import boxes, convolutions, ghost, layer_norms, objectives, priors, routes, structured
+from qleak import native, random, tree
+from qleak.attacks import boxes, ghost, layer_norms, objectives, patches, priors, routes, structured
 from qleak.catalog import build
 from qleak.channels import chain, gaussian, identity, uniform
 from qleak.client import LOSSES, View, gradient
@@ -75,6 +75,7 @@ def error(name, given="labels", batch=2) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, (value, dx, dt), strict=True))
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("given", ["labels", "errors"])
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("name", NETS)
@@ -87,12 +88,13 @@ def test_explicit_formulas_are_the_derivatives(name, batch, given):
 @pytest.mark.parametrize(
     ("place", "part", "net"),
     [
-        (convolutions, "_interleaved", "strides"),
+        (patches, "_interleaved", "strides"),
         (layer_norms, "_jacobian", "norms"),
         (structured, "_error_tangents", "pools"),
     ],
 )
 def test_a_broken_formula_is_caught(place, part, net, monkeypatch):
+    monkeypatch.setattr(native, "serves", lambda x: False)
     right = getattr(place, part)
 
     def broken(*args):
@@ -103,6 +105,7 @@ def test_a_broken_formula_is_caught(place, part, net, monkeypatch):
     assert error(net) > 1e-4
 
 
+@pytest.mark.usefixtures("kernels")
 def test_blocks_of_lanes_change_nothing(monkeypatch):
     model, params, buffers, x, t, like = world("strides", lanes=5)
     slope = objectives.half_slope(objectives.Objective(objectives._distance, True))
@@ -119,7 +122,7 @@ def test_patches_are_what_unfold_makes():
         layer = conv("a", 3, 2, kernel, stride, padding)
         want = F.unfold(x, kernel, padding=padding, stride=stride)  # image, (channel, k, k), place
         want = want.unflatten(1, (3, -1)).transpose(1, 2).flatten(1, 2).mT.reshape(2, -1, 3 * kernel**2)
-        assert torch.equal(convolutions.patches(layer, x.contiguous(memory_format=torch.channels_last), 2), want)
+        assert torch.equal(patches.patches(layer, x.contiguous(memory_format=torch.channels_last), 2), want)
 
 
 @pytest.mark.parametrize("shape", [(3, 2, 3, 5, 4), (2, 1, 1, 1, 6), (2, 1, 1, 1, 1)])
@@ -136,6 +139,7 @@ def test_the_smooth_prior_is_differentiated_by_hand(shape):
 # --- ghosts ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("size", [(40, 60), (60, 40)])
 @pytest.mark.parametrize("exact", [True, False])
 def test_a_ghost_stands_for_the_difference(size, exact):
@@ -156,6 +160,7 @@ def test_a_ghost_stands_for_the_difference(size, exact):
     assert bool(ghost.split(g, b).rest.numel()) != exact
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("scale", [1.0, 0.5])
 def test_a_cell_is_met_lane_by_lane(scale):
     delta, h, off, wide = (
@@ -171,6 +176,7 @@ def test_a_cell_is_met_lane_by_lane(scale):
     torch.testing.assert_close(met.pull, delta @ want)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_a_ghost_is_accurate_where_the_plain_formula_cancels():
     """Near the solution in float32: the three large terms lose everything, the split nothing."""
     delta, h = (random.normal(random.generator(k), (1, 1, n)) for k, n in (("d", 100), ("h", 768)))

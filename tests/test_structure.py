@@ -12,7 +12,7 @@ PACKAGE = Path(qleak.__file__).parent
 RANKS = [
     {"errors"},
     {"types", "check", "random", "tree"},
-    {"catalog"},
+    {"catalog", "native"},
     {"models", "data", "channels", "metrics"},
     {"client", "accounting", "calibration", "ledger"},
     {"private"},

@@ -112,6 +112,7 @@ def apart(attack, spec, label, steps=20) -> float:
     return worst
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("spec", [LENET, MLP], ids=["lenet", "mlp"])
 def test_dlg_is_its_twin(spec):
     assert apart(dlg(outer=1), spec, label=False) <= 1e-8
@@ -188,6 +189,7 @@ def torch_lbfgs(history):
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("f", [quadratic, quartic])
 @pytest.mark.parametrize("history", [4, 100])
 def test_lbfgs_takes_the_steps_of_torch(f, history):
@@ -266,6 +268,7 @@ def disagreement(results) -> float:
     )
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("given", ["labels", "errors"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("function", slopes.SLOPES)
@@ -274,6 +277,7 @@ def test_three_routes_agree(spec, function, batch, given):
     assert disagreement(three(plain_view(spec, batch=batch, function=function), given)) <= 1e-12
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("spec", [LENET, MLP], ids=["lenet", "mlp"])
 def test_three_routes_agree_behind_a_quantizer(spec):
     view = view_of(spec, chain(uniform(levels=16)))

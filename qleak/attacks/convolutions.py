@@ -1,150 +1,76 @@
-"""Convolutions as matrix products with patches, for many lanes: `h [lane·b c h w]` in channels-last memory.
+"""A convolution's part in the four passes (`structured`): by compiled kernels where the machine has them, else by patches.
 
-One strided copy lays the patches out, `[lane b·place k·k·c]`; every use of them is then a product: with the shared
-kernels one for all lanes, with a lane's own a batched one. Channels last, because a copied run is then k·c numbers long
-whatever the stride, and because the images of a lane lie one after the other.
-
-The transposed map has no scatter either. With y + padding = stride·m + r and i = stride·j + r,
-δ_h(y) = Σ_j δ(m − j) K(stride·j + r): patches of δ times kernels that are sorted by phase r, and the phases interleaved.
+`patches` multiplies matrices that torch's own copies have laid out; `qleak.native` walks over the images themselves. What `up` kept
+says which of them it was, and the later passes go on the same way.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qleak import native
+from qleak.attacks import patches
+from qleak.attacks.patches import Kept
+from qleak.models.layers import after
+from qleak.native import Geometry
 from qleak.types import Layer
 
-
-class Kept(NamedTuple):
-    """What the passes after the first ask for again: `patches` of the input, the shared kernels `turned`."""
-
-    patches: Tensor
-    turned: Tensor
+Way = Kept | Geometry
 
 
-def patches(layer: Layer, h: Tensor, lanes: int) -> Tensor:
-    """What each place of the output sees: `[lane b·place k·k·in]`."""
+def up(layer: Layer, weight: Tensor, bias: Tensor, h: Tensor, lanes: int, compiled: bool) -> tuple[Tensor, Way]:
+    """K ⋆ h + b, and what the later passes need. Only without `compiled` can it be differentiated."""
+    if compiled and native.serves(h):
+        g = _geometry(layer, h)
+        return native.forward(g, h, weight, bias, lanes), g
+    kept = Kept(patches.patches(layer, h, lanes), patches.turned(layer, weight))
+    return patches.forward(patches.columns(weight), bias, kept.patches, after(layer, tuple(h.shape))[2:]), kept
+
+
+def gather(layer: Layer, way: Way, before: Tensor, delta: Tensor, lanes: int) -> Tensor:
+    """An output's error as the transpose reads it."""
+    return delta if isinstance(way, Geometry) else patches.errors(layer, delta, before.shape, lanes)
+
+
+def down(layer: Layer, way: Way, weight: Tensor, before: Tensor, gathered: Tensor) -> Tensor:
+    """(∂(K ⋆ h)/∂h)ᵀ δ."""
+    if isinstance(way, Geometry):
+        return native.transposed(way, gathered, weight, 1)
+    return patches.transposed(layer, way.turned, gathered, before.shape)
+
+
+def weigh(
+    layer: Layer, way: Way, before: Tensor, delta: Tensor, lanes: int, less: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`scale` · ∂ℓ/∂K − less `[lane out in k k]`, scale · ∂ℓ/∂b `[lane out]`."""
+    if isinstance(way, Geometry):
+        return native.weigh(way, before, delta, less, scale, lanes)
+    return patches.weigh(layer, way.patches, delta, less, scale)
+
+
+def push(
+    layer: Layer, way: Way, weight: Tensor, before: Tensor, tangent: Tensor | None, v: Tensor, vb: Tensor
+) -> Tensor:
+    """V ⋆ h + v_b + K ⋆ h′, `v [lane out in k k]`."""
+    if isinstance(way, Geometry):
+        own = native.forward(way, before, v, vb, len(v))
+        return own if tangent is None else native.forward(way, tangent, weight, None, 1, own)
+    own = patches.forward(patches.columns(v), vb, way.patches, after(layer, tuple(before.shape))[2:])
     o = layer.options
-    p = o["padding"]
-    return _windows(F.pad(h.permute(0, 2, 3, 1), (0, 0, p, p, p, p)), o["kernel"], o["stride"], lanes)
+    return own if tangent is None else own.add_(F.conv2d(tangent, weight, stride=o["stride"], padding=o["padding"]))
 
 
-def columns(weight: Tensor) -> Tensor:
-    """Kernels `[(lane) out in k k]` as `forward` multiplies by them, `[(lane) k·k·in out]`; no copy of what `weigh` laid out."""
-    return weight.movedim(-3, -1).flatten(-3).mT
+def pull(
+    layer: Layer, way: Way, weight: Tensor, before: Tensor, gathered: Tensor, prime: Tensor, v: Tensor
+) -> Tensor:  # fmt: skip
+    """(∂(V ⋆ h)/∂h)ᵀ δ + (∂(K ⋆ h)/∂h)ᵀ δ′."""
+    if isinstance(way, Geometry):
+        return native.transposed(way, prime, weight, 1, native.transposed(way, gathered, v, len(v)))
+    own = patches.transposed(layer, patches.turned(layer, v), gathered, before.shape)
+    return own.add_(patches.spread(layer, way.turned, prime, before.shape))
 
 
-def forward(kernels: Tensor, bias: Tensor | None, seen: Tensor, sides: Sequence[int]) -> Tensor:
-    """K ⋆ h + b from the patches of h and `columns` of kernels: shared ones, or a lane's own with its `bias [lane out]`."""
-    if kernels.ndim == 3:
-        out = torch.bmm(seen, kernels) if bias is None else torch.bmm(seen, kernels).add_(bias[:, None])
-    else:
-        rows = seen.flatten(0, 1)
-        out = rows @ kernels if bias is None else torch.addmm(bias, rows, kernels)
-    return out.view(-1, *sides, kernels.shape[-1]).permute(0, 3, 1, 2)
-
-
-def weigh(layer: Layer, seen: Tensor, delta: Tensor, less: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """From patches and the output's error: scale · ∂ℓ/∂K − less `[lane out in k k]`, scale · ∂ℓ/∂b `[lane out]`."""
-    o = layer.options
-    rows = delta.permute(0, 2, 3, 1).reshape(len(seen), seen.shape[1], -1)
-    if less is None:
-        found = torch.bmm(rows.mT, seen)
-        found = found if scale == 1 else found * scale
-    else:
-        found = torch.baddbmm(less.permute(0, 1, 3, 4, 2).flatten(2), rows.mT, seen, beta=-1, alpha=scale)
-    found = found.unflatten(2, (o["kernel"], o["kernel"], o["in"])).permute(0, 1, 4, 2, 3)
-    return found, rows.sum(1) if scale == 1 else rows.sum(1) * scale
-
-
-def errors(layer: Layer, delta: Tensor, before: torch.Size, lanes: int) -> Tensor:
-    """The patches of an output's error that each place of the input gathers: `[lane b·place J·J·out]`."""
-    return _windows(_padded(layer, delta, before), _reach(layer), 1, lanes)
-
-
-def turned(layer: Layer, weight: Tensor) -> Tensor:
-    """Kernels as `transposed` multiplies by them, `[(lane) J·J·out stride·stride·in]`: sorted by phase, the last place first."""
-    o = layer.options
-    index, empty = _order(o["out"], o["in"], o["kernel"], o["stride"], weight.device)
-    flat = weight.movedim(-3, -1).flatten(-4)  # out k k in: as `weigh` lays a direction out, so that nothing is copied
-    found = flat.index_select(-1, index)
-    found = found if empty is None else found.masked_fill(empty, 0)
-    return found.unflatten(-1, (_reach(layer) ** 2 * o["out"], -1))
-
-
-def transposed(layer: Layer, kernels: Tensor, gathered: Tensor, before: torch.Size) -> Tensor:
-    """(∂(K ⋆ h)/∂h)ᵀ δ `[lane·b in h w]` from the patches of δ and `turned` kernels: shared ones, or a lane's own."""
-    out = torch.bmm(gathered, kernels) if kernels.ndim == 3 else gathered.flatten(0, 1) @ kernels
-    return _interleaved(layer, out, before)
-
-
-def spread(layer: Layer, kernels: Tensor, delta: Tensor, before: torch.Size) -> Tensor:
-    """The same for shared kernels and an error whose patches nobody else needs: an ordinary convolution, no copy."""
-    reach, cout = _reach(layer), layer.options["out"]
-    weight = kernels.view(reach, reach, cout, -1).permute(3, 2, 0, 1)
-    pads = _pads(layer, delta, before)
-    even = len(set(pads)) == 1 and pads[0] >= 0
-    out = F.conv2d(delta, weight, padding=pads[0]) if even else F.conv2d(F.pad(delta, pads), weight)
-    return _interleaved(layer, out.permute(0, 2, 3, 1), before)
-
-
-def _interleaved(layer: Layer, out: Tensor, before: torch.Size) -> Tensor:
-    """`[lane·b·place stride·stride·in]`, phase by phase, as `[lane·b in h w]`."""
-    s, cin = layer.options["stride"], layer.options["in"]
-    (top, bottom), (left, right) = (_phases(layer, side) for side in before[2:])
-    rows, columns = bottom - top + 1, right - left + 1
-    out = (
-        out.reshape(before[0], rows, columns, s, s, cin).transpose(2, 3).reshape(before[0], rows * s, columns * s, cin)
-    )
-    y, x = layer.options["padding"] - s * top, layer.options["padding"] - s * left
-    return out[:, y : y + before[2], x : x + before[3]].permute(0, 3, 1, 2)
-
-
-@functools.lru_cache
-def _order(cout: int, cin: int, kernel: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """Which number of a kernel stands where in `turned`, flat, and which places are empty, if any."""
-    reach = -(-kernel // stride)
-    spare = stride * reach - kernel
-    numbers = torch.arange(cout * cin * kernel * kernel).reshape(cout, kernel, kernel, cin).movedim(-1, 1)
-    numbers = F.pad(numbers, (0, spare, 0, spare), value=numbers.numel())
-    numbers = numbers.reshape(cout, cin, reach, stride, reach, stride).flip(2, 4)
-    index = numbers.permute(2, 4, 0, 3, 5, 1).flatten().to(device)
-    empty = index == cout * cin * kernel * kernel
-    return index.masked_fill(empty, 0), empty if spare else None
-
-
-def _reach(layer: Layer) -> int:
-    """J: how many places of the output a place of the input reaches, along an axis."""
-    return -(-layer.options["kernel"] // layer.options["stride"])
-
-
-def _phases(layer: Layer, side: int) -> tuple[int, int]:
-    """The first and the last m of an axis of the input."""
-    p, s = layer.options["padding"], layer.options["stride"]
-    return p // s, (p + side - 1) // s
-
-
-def _padded(layer: Layer, delta: Tensor, before: torch.Size) -> Tensor:
-    """An output's error `[lane·b h w out]` with as much around it as the places of the input reach."""
-    return F.pad(delta.permute(0, 2, 3, 1), [0, 0, *_pads(layer, delta, before)])
-
-
-def _pads(layer: Layer, delta: Tensor, before: torch.Size) -> list[int]:
-    """Left, right, top, bottom."""
-    pads = []
-    for axis in (3, 2):
-        low, high = _phases(layer, before[axis])
-        pads += [_reach(layer) - 1 - low, high - delta.shape[axis] + 1]
-    return pads
-
-
-def _windows(h: Tensor, kernel: int, stride: int, lanes: int) -> Tensor:
-    """All windows of `[lane·b h w c]` as `[lane b·place k·k·c]`."""
-    found = h.unfold(1, kernel, stride).unfold(2, kernel, stride).permute(0, 1, 2, 4, 5, 3)
-    return found.reshape(lanes, -1, kernel * kernel * h.shape[3])
+def _geometry(layer: Layer, h: Tensor) -> Geometry:
+    o, (height, width) = layer.options, h.shape[2:]
+    return Geometry(height, width, o["in"], o["out"], o["kernel"], o["stride"], o["padding"])

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from qleak import native
+
 
 class Split(NamedTuple):
     """G = A B + R: `a [lane b out]` is Aᵀ, `b [lane b in]`, `rest [lane out in]`, `size [lane]` ‖R‖².
@@ -81,14 +83,17 @@ def difference(parts: Split, delta: Tensor, h: Tensor, scale: float = 1.0) -> tu
     push = torch.bmm(torch.bmm(h, right.mT), left)
     pull = torch.bmm(torch.bmm(delta, left.mT), right)
     if parts.rest.numel():
-        through = torch.bmm(h, parts.rest.mT)
+        through, back = _sides(parts.rest, delta, h)
         value = value - 2 * (off * through).sum((1, 2))
-        push, pull = push - through, pull - torch.bmm(delta, parts.rest)
+        push, pull = push - through, pull - back
     return value, Ghost(push, pull)
 
 
 def outside(cell: Cell, delta: Tensor, h: Tensor, scale: float = 1.0) -> tuple[Tensor, Ghost]:
     """‖V‖² and V = U − proj U for the cell, U = scale·δᵀh: lane by lane, so that a matrix is made, used and forgotten in cache."""
+    if native.serves(h):
+        value, push, pull = native.outside(cell.lo, cell.hi, delta, h, scale)
+        return value, Ghost(push, pull)
     values, pushed, pulled = [], [], []
     made, kept = torch.empty_like(cell.lo[0]), torch.empty_like(cell.lo[0])
     for i in range(len(h)):
@@ -100,6 +105,13 @@ def outside(cell: Cell, delta: Tensor, h: Tensor, scale: float = 1.0) -> tuple[T
         pushed.append(h[i] @ made.mT)
         pulled.append(delta[i] @ made)
     return torch.stack(values), Ghost(torch.stack(pushed), torch.stack(pulled))
+
+
+def _sides(rest: Tensor, delta: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """(hRᵀ, δR)."""
+    if native.serves(h):
+        return native.sides(rest, delta, h)
+    return torch.bmm(h, rest.mT), torch.bmm(delta, rest)
 
 
 def large(cell: Cell) -> bool:

@@ -16,13 +16,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from qleak.attacks import convolutions, ghost, layer_norms, pools
 from qleak.attacks.ghost import Cell, Ghost, Split
 from qleak.attacks.slopes import SLOPES, curvature, slope
-from qleak.models.layers import after, apply_layer
+from qleak.models.layers import apply_layer
 from qleak.types import Buffers, Layer, Params
 
 Weights = dict[str, Any]
@@ -45,14 +44,12 @@ def known(layer: Layer) -> bool:
     return layer.kind != "activation" or layer.options["function"] in SLOPES
 
 
-def up(layer: Layer, params: Params, buffers: Buffers, h: Tensor, lanes: int) -> Seen:
-    """The forward map, and what the other passes will ask for."""
+def up(layer: Layer, params: Params, buffers: Buffers, h: Tensor, lanes: int, compiled: bool = False) -> Seen:
+    """The forward map, and what the other passes will ask for. What is `compiled` cannot be differentiated."""
     match layer.kind:
         case "conv":
             weight, bias = (params[f"{layer.name}.{end}"] for end in ("weight", "bias"))
-            kept = convolutions.Kept(convolutions.patches(layer, h, lanes), convolutions.turned(layer, weight))
-            sides = after(layer, tuple(h.shape))[2:]
-            return Seen(h, convolutions.forward(convolutions.columns(weight), bias, kept.patches, sides), kept)
+            return Seen(h, *convolutions.up(layer, weight, bias, h, lanes, compiled))
         case "activation":
             function = layer.options["function"]
             out = apply_layer(layer, params, h)
@@ -66,15 +63,15 @@ def up(layer: Layer, params: Params, buffers: Buffers, h: Tensor, lanes: int) ->
 
 
 def gather(layer: Layer, seen: Seen, delta: Tensor, lanes: int) -> Tensor:
-    """An output's error as the layer's transpose reads it: patches for a convolution, itself for the others."""
-    return convolutions.errors(layer, delta, seen.before.shape, lanes) if layer.kind == "conv" else delta
+    """An output's error as the layer's transpose reads it: maybe patches for a convolution, itself for the others."""
+    return convolutions.gather(layer, seen.kept, seen.before, delta, lanes) if layer.kind == "conv" else delta
 
 
 def down(layer: Layer, params: Params, seen: Seen, gathered: Tensor) -> Tensor:
     """(∂f/∂h)ᵀ δ, from `gather`'s δ."""
     match layer.kind:
         case "conv":
-            return convolutions.transposed(layer, seen.kept.turned, gathered, seen.before.shape)
+            return convolutions.down(layer, seen.kept, params[f"{layer.name}.weight"], seen.before, gathered)
         case "linear":
             return gathered @ params[f"{layer.name}.weight"]
         case "activation":
@@ -94,7 +91,8 @@ def weigh(
     weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
     match layer.kind:
         case "conv":
-            found, total = convolutions.weigh(layer, seen.kept.patches, delta, _tensor(less, weight), scale)
+            off = _tensor(less, weight)
+            found, total = convolutions.weigh(layer, seen.kept, seen.before, delta, lanes, off, scale)
         case "norm":
             found, total = (v * scale for v in layer_norms.weigh(seen.kept, delta))
             found = found if (off := _tensor(less, weight)) is None else found - off
@@ -118,12 +116,7 @@ def push(layer: Layer, params: Params, seen: Seen, tangent: Tensor | None, v: We
     weight, bias = f"{layer.name}.weight", f"{layer.name}.bias"
     match layer.kind:
         case "conv":
-            sides = seen.after.shape[2:]
-            own = convolutions.forward(convolutions.columns(v[weight]), v[bias], seen.kept.patches, sides)
-            if tangent is None:
-                return own
-            o = layer.options
-            return own.add_(F.conv2d(tangent, params[weight], stride=o["stride"], padding=o["padding"]))
+            return convolutions.push(layer, seen.kept, params[weight], seen.before, tangent, v[weight], v[bias])
         case "linear":
             h = seen.before.unflatten(0, (lanes, -1))
             own = v[weight].push if isinstance(v[weight], Ghost) else torch.bmm(h, v[weight].mT)
@@ -148,9 +141,7 @@ def pull(
     weight = f"{layer.name}.weight"
     match layer.kind:
         case "conv":
-            shape = seen.before.shape
-            own = convolutions.transposed(layer, convolutions.turned(layer, v[weight]), gathered, shape)
-            return own.add_(convolutions.spread(layer, seen.kept.turned, prime, shape))
+            return convolutions.pull(layer, seen.kept, params[weight], seen.before, gathered, prime, v[weight])
         case "linear":
             rows = gathered.unflatten(0, (lanes, -1))
             own = v[weight].pull if isinstance(v[weight], Ghost) else torch.bmm(rows, v[weight])

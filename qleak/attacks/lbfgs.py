@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qleak import native
 from qleak.attacks.device import maybe
 from qleak.catalog import factory
 from qleak.check import at_least, positive, whole
@@ -81,10 +82,8 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
             accept = ~state.started | (loss <= state.loss + 1e-4 * state.step * state.slope)
             x0, g0 = (torch.where(accept[:, None], *v) for v in ((x, state.x), (grad, state.grad)))
             f0 = torch.where(accept, loss, state.loss)
-        state, products = _store(
-            state, accept & state.started, x - state.x, grad - state.grad, g0, history, relative=armijo
-        )
-        d = _direction(state, g0, products)
+        wanted = accept & state.started
+        state, d = _turned(state, wanted, x - state.x, grad - state.grad, g0, history, relative=armijo)
         d = torch.where(accept[:, None], d, state.direction) if armijo else d
         slope, stored = (d * g0).sum(-1), state.stored
         # A direction that does not descend (rounding, or a lost history) starts again from −g.
@@ -118,10 +117,10 @@ def lbfgs(history: int = 100, armijo: bool = True, lr: float = 1.0, shrink: floa
     return Optimizer(init, update, restart)
 
 
-def _store(
+def _turned(
     state: LbfgsState, wanted: Tensor, s: Tensor, y: Tensor, g: Tensor, history: int, relative: bool
 ) -> tuple[LbfgsState, Tensor]:
-    """Puts (s, y) into the ring of every wanted lane with positive curvature; returns `[lane used 2]`, Sg and Yg, as well.
+    """Puts (s, y) into the ring of every wanted lane with positive curvature, and returns −Hg `[lane d]`, too.
 
     Writes into the state's own buffers, so the state that was passed in is used up. `calls` bounds
     the pairs of every lane without a look at the device.
@@ -133,30 +132,40 @@ def _store(
     used = max(1, min(int(state.calls), history))
     lane, place = torch.arange(len(s), device=s.device), torch.where(keep, state.stored % history, history)
     state.pairs[lane, place] = torch.stack([s, y], 1)
+    gamma = torch.where(keep, sy / yy.clamp(min=1e-30), state.gamma)
+    state, pivot = state._replace(stored=state.stored + keep, gamma=gamma), torch.where(keep, sy, 1)
+    if native.serves(g):
+        rings = (state.pairs, state.inverse, state.yy, state.diagonal)
+        return state, native.lbfgs(*rings, place, pivot, gamma, y, g, used)
     # One pass over the pairs serves the new columns and the coming direction: few rows times many.
     rows, pairs = torch.stack([y, g], 1), state.pairs[:, :used].flatten(1, 2)
     products = torch.bmm(rows, pairs.mT).double().unflatten(2, (used, 2))
-    column, gram = F.pad(products[:, 0].mT, (0, history + 1 - used)).unbind(1)
-    at, pivot = place[:, None], torch.where(keep, sy, 1).double()[:, None]
+    _enter(state, place, pivot.double(), products[:, 0])
+    weights = _weights(state, products[:, 1]).to(g.dtype)
+    return state, torch.bmm(weights, pairs)[:, 0].addcmul(gamma[:, None], g).neg_()
+
+
+def _enter(state: LbfgsState, place: Tensor, pivot: Tensor, products: Tensor) -> None:
+    """The new pairs' rows and columns of the small matrices, from Sy and Yy `[lane used 2]`, pivot sᵀy."""
+    used, places = products.shape[1], state.diagonal.shape[1]
+    column, gram = F.pad(products.mT, (0, places - used)).unbind(1)
+    lane, at = torch.arange(len(place), device=place.device), place[:, None]
     column = column.scatter(1, at, 0)  # what stood in that place is gone
-    column[:, :used] = torch.bmm(state.inverse[:, :used, :used], column[:, :used, None])[:, :, 0] / -pivot
-    column.scatter_(1, at, 1 / pivot)
+    column[:, :used] = torch.bmm(state.inverse[:, :used, :used], column[:, :used, None])[:, :, 0] / -pivot[:, None]
+    column.scatter_(1, at, 1 / pivot[:, None])
     state.inverse[lane, place] = 0
     state.inverse[lane, :, place] = column
     state.yy[lane, place] = gram
     state.yy[lane, :, place] = gram
-    state.diagonal.scatter_(1, at, pivot)
-    gamma = torch.where(keep, sy / yy.clamp(min=1e-30), state.gamma)
-    return state._replace(stored=state.stored + keep, gamma=gamma), products[:, 1]
+    state.diagonal.scatter_(1, at, pivot[:, None])
 
 
-def _direction(state: LbfgsState, g: Tensor, products: Tensor) -> Tensor:
-    """−Hg by the compact form; lanes without pairs get −γg."""
+def _weights(state: LbfgsState, products: Tensor) -> Tensor:
+    """Of every pair's s and y in Hg − γg `[lane 1 2·used]`, from Sg and Yg `[lane used 2]`; none without pairs."""
     used = products.shape[1]
     sg, yg = products.unbind(2)
     inverse, gamma = state.inverse[:, :used, :used], state.gamma.double()[:, None]
     u = torch.bmm(inverse, sg[:, :, None])
     bent = state.diagonal[:, :used] * u[:, :, 0] + gamma * (torch.bmm(state.yy[:, :used, :used], u)[:, :, 0] - yg)
     top = torch.bmm(bent[:, None], inverse)[:, 0]
-    weights = torch.stack([top, -gamma * u[:, :, 0]], 2).flatten(1)[:, None].to(g.dtype)
-    return torch.bmm(weights, state.pairs[:, :used].flatten(1, 2))[:, 0].addcmul(state.gamma[:, None], g).neg_()
+    return torch.stack([top, -gamma * u[:, :, 0]], 2).flatten(1)[:, None]

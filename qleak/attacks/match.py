@@ -107,24 +107,25 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         wanted = settings.labels == "errors" or (settings.labels == "auto" and labels.readable(view))
         return "errors" if wanted and labels.one_error(view) else "labels"
 
-    def split(view: View, state: MatchState) -> tuple[Tensor, Tensor]:
+    def split(view: View, state: MatchState, kind: str) -> tuple[Tensor, Tensor]:
         """Images, and what is given to the loss: label probabilities or output errors `[lane b class]`."""
         pixels = view.client.batch * torch.Size(view.model.shape).numel()
         images = state.x[:, :pixels].unflatten(1, (view.client.batch, *view.model.shape))
         rest = state.x[:, pixels:]
         if settings.labels == "joint":
             return images, torch.softmax(rest.unflatten(1, (view.client.batch, -1)), -1)
-        if given(view) == "errors":
+        if kind == "errors":
             return images, (state.unit * rest)[:, None]
         return images, one_hot(state.labels, view.model.classes, images.dtype)
 
     def step(view: View, state: MatchState) -> tuple[MatchState, Info]:
-        images, target = split(view, state)
+        kind = given(view)
+        images, target = split(view, state, kind)
         weights = torch.tensor(
             stages.weights(settings.weights, settings.fade, view), dtype=images.dtype, device=images.device
         )
         weight = weights[state.stage]
-        evidence, dx, dt = _evidence(view, settings, state, images, target, given(view))
+        evidence, dx, dt = _evidence(view, settings, state, images, target, kind)
         gradient = [dx.flatten(1)]
         loss = evidence
         if settings.has_prior:
@@ -133,7 +134,7 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
             gradient = [gradient[0] + slope.flatten(1)]
         if settings.labels == "joint":  # from probabilities to logits: the softmax's own derivative
             gradient.append((target * (dt - (dt * target).sum(-1, keepdim=True))).flatten(1))
-        elif given(view) == "errors":
+        elif kind == "errors":
             gradient.append(state.unit * dt[:, 0])
         flat = torch.cat(gradient, 1)
         broken = ~(loss.isfinite() & finite(flat))
@@ -162,15 +163,16 @@ def matching(settings: Settings, papers: Sequence[str]) -> Attack:
         """See `objectives.excess`; 0 where the prior's weight means nothing."""
         if not (settings.relative and view.evidence and objectives.is_noisy(view, settings.objective)):
             return torch.zeros_like(state.size)
-        images, target = split(view, state._replace(x=state.best_x))
-        update = vmap(lambda x, t: routes.update_of(view, x, t, given(view)))(images, target)
+        kind = given(view)
+        images, target = split(view, state._replace(x=state.best_x), kind)
+        update = vmap(lambda x, t: routes.update_of(view, x, t, kind))(images, target)
         return objectives.excess(view, update, state.goal, images[0].numel())
 
     def read(view: View, state: MatchState) -> Guess:
         state = stages.recorded(state, torch.ones_like(state.status, dtype=torch.bool))
         chosen, _ = stages.pick(state.trace, excess(view, state), settings.gain)
         at = torch.arange(len(chosen), device=chosen.device)
-        images, target = split(view, state._replace(x=state.trail[at, chosen]))
+        images, target = split(view, state._replace(x=state.trail[at, chosen]), given(view))
         guessed = target.argmax(-1) if settings.labels == "joint" else state.labels
         path = None
         if settings.path:  # stages not reached repeat the one handed in

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vmap
 
 from qleak import client as clients
-from qleak import random, tree
+from qleak import native, random, tree
 from qleak.attacks import structured
 from qleak.attacks.objectives import Objective, half_slope
 from qleak.check import one_of
@@ -43,7 +43,8 @@ def pick(model: Model, client: Client, lanes: int, weights: int = 0, device: str
     if not clients.is_gradient(client):
         return ("loop", f"{weights:,} weights fill a core") if wide else ("double", "the update is not one gradient")
     if structured.supports(model.layers):
-        return "structured", "the model declares its layers"
+        kernels = f"; {native.described()}" if device == "cpu" else ""
+        return "structured", f"the model declares its layers{kernels}"
     if wide:
         return "loop", f"{weights:,} weights fill a core"
     if lanes >= FORWARD_FROM:

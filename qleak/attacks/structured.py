@@ -87,7 +87,7 @@ def closure(
     def one(x: Tensor, target: Tensor, goal: Any) -> tuple[Tensor, Tensor, Tensor]:
         lanes, b = x.shape[:2]
         with torch.no_grad():
-            seen, logits = _up(layers, params, buffers, x)
+            seen, logits = _up(layers, params, buffers, x, compiled=True)
             delta = _error(logits, target, given)
             gathered, update = _down(layers, params, seen, delta, lanes, slope.less(goal), scale, whole=True)
             value, v = slope.half({k: update[k] for k in params}, goal)
@@ -111,11 +111,13 @@ def block(layers: tuple[Layer, ...], params: Params, x: Tensor) -> int:
     return max(1, BLOCK // numbers)
 
 
-def _up(layers: tuple[Layer, ...], params: Params, buffers: Buffers, x: Tensor) -> tuple[list[Seen], Tensor]:
+def _up(
+    layers: tuple[Layer, ...], params: Params, buffers: Buffers, x: Tensor, compiled: bool = False
+) -> tuple[list[Seen], Tensor]:
     """What every layer saw, and the logits `[lane·b class]`."""
     h, seen = x.flatten(0, 1).contiguous(memory_format=torch.channels_last), []
     for layer in layers:
-        seen.append(layer_rules.up(layer, params, buffers, h, len(x)))
+        seen.append(layer_rules.up(layer, params, buffers, h, len(x), compiled))
         h = seen[-1].after
     return seen, h
 

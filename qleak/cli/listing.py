@@ -62,13 +62,14 @@ def print_doctor() -> None:
     """Versions, device, memory, data folder, recipes."""
     import torch
 
-    from qleak import data, machine
+    from qleak import data, machine, native
     from qleak.cli import recipes
     from qleak.engine import memory
 
     console = Console(highlight=False)
     table = Table(box=None, pad_edge=False, show_header=False)
     found = [*machine.versions().items(), ("cpu", f"{machine.cpu_name()}, {machine.cpus()} cores for this process")]
+    found += [("native", native.described())]
     found += [("memory", f"{memory.available() / 2**30:.1f} GiB free")]
     found += [
         ("cuda", torch.cuda.get_device_name() if torch.cuda.is_available() else "none; everything runs on the CPU")
