@@ -199,7 +199,9 @@ def picture(x: Tensor) -> Tensor:
 
 def _pictures(guess: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
     """Both as float64 on the CPU; the guess grey where it is not finite, and clamped to [0, 1]."""
-    if guess.ndim != 4 or guess.shape != truth.shape:
+    if truth.ndim != 4:
+        raise Expected(f"Expected true images b c h w, got the shape {tuple(truth.shape)}.")
+    if guess.shape != truth.shape:
         raise Expected(f"Expected a guess of b c h w = {tuple(truth.shape)}, got {tuple(guess.shape)}.")
     guess, truth = guess.detach().double().cpu(), truth.detach().double().cpu()
     check.finite(truth=truth)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -381,6 +382,15 @@ def close(a, b):
     return len(a) == len(b) and all(map(close, a, b)) if isinstance(a, list) and isinstance(b, list) else a == b
 
 
+def portable(rows):
+    """Rows without what another processor's last digits change: the digest of trained weights, and the id that holds it."""
+    found = {}
+    for key, row in rows.items():
+        model = re.sub("digest='[0-9a-f]+'", "", row["model"])
+        found[key] = {**row, "model": model, "id": row["id"] if model == row["model"] else ""}
+    return found
+
+
 def test_an_old_run_is_read_and_reported(old):
     from qleak.report import html, terminal
 
@@ -412,7 +422,10 @@ def test_the_rows_of_an_old_run_come_out_again(old):
 
     from qleak.plans import from_json
 
-    rows = {each: {r["key"]: timeless(r) for r in store.read_rows(each)} for each in folders.every(old)}
+    def read():
+        return {each: portable({r["key"]: timeless(r) for r in store.read_rows(each)}) for each in folders.every(old)}
+
+    rows = read()
     for name, kept in (("leakage", 4), ("accuracy", 2)):
         path = old / name / "rows.jsonl"
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]) + b'{"key": "torn')
@@ -421,7 +434,7 @@ def test_the_rows_of_an_old_run_come_out_again(old):
         for path in [*(old / name).glob("tensors/chunk-1-*"), *(old / name).glob("tensors/state-*")]:
             path.unlink()
     run(from_json(store.read_run(old)["plan"]), old)
-    again = {each: {r["key"]: timeless(r) for r in store.read_rows(each)} for each in folders.every(old)}
+    again = read()
     assert close({str(k): v for k, v in again.items()}, {str(k): v for k, v in rows.items()})
     changed = rows[old / "leakage"] | {"0-0-none-0-0": rows[old / "leakage"]["0-0-none-0-0"] | {"psnr": 99.0}}
     assert not close(again[old / "leakage"], changed)  # and the comparison sees a changed number
