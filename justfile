@@ -105,6 +105,11 @@ report out="runs":
 bench-closures *args:
     python benchmarks/closures.py {{args}}
 
+# a step of an attack with compiled kernels and with torch's operations
+[group('speed')]
+bench-steps *args:
+    python benchmarks/steps.py {{args}}
+
 # correctness and rates on one CUDA device; without one it says so
 [group('speed')]
 gpu *args:

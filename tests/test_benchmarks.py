@@ -52,3 +52,14 @@ def test_a_kept_heap_changes_no_number():
     want = (a * 3).sum()
     pool.keep_heap()
     assert torch.equal((a * 3).sum(), want)
+
+
+def test_a_step_is_timed_with_both_kinds_of_kernels(closures, monkeypatch):
+    steps = importlib.import_module("steps")
+    asked = []
+    monkeypatch.setattr(steps.native, "serves", lambda x: asked.append(1) or False)
+    found = steps.measure(1, turns=1, least=0.0)
+    sys.modules.pop("steps", None)
+    assert set(found) == {"torch", "compiled"}
+    assert all(set(v) == set(steps.PARTS) and min(v.values()) > 0 for v in found.values())
+    assert asked  # "compiled" asks whether there are kernels; "torch" does not
