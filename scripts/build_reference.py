@@ -32,6 +32,7 @@ ROOMS = {
     "synth": "private data generation",
     "report": "terminal, pages and figures from a run's files",
     "adapters": "captured updates, DDP, Flower",
+    "native": "three inner loops in C++",
     "types": "the nouns",
     "basics": "draws, checks, trees, figures of merit, run folders",
 }
