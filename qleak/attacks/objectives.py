@@ -186,8 +186,8 @@ def half_slope(objective: Objective) -> Slope:
 
 
 def _distance(update: Tree, goal: Box | Point) -> Tensor:
-    error = outside(update, goal)
-    return torch.stack([(goal.weight.get(k, 1) * e.square()).sum() for k, e in error.items()]).sum()
+    squares = {k: e.square() for k, e in outside(update, goal).items()}
+    return torch.stack([(goal.weight[k] * v if k in goal.weight else v).sum() for k, v in squares.items()]).sum()
 
 
 def _cosine(update: Tree, decoded: Tree) -> Tensor:
