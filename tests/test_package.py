@@ -32,7 +32,9 @@ def held(wheel: Path) -> set[str]:
 def test_the_wheel_holds_all_that_runs(built):
     names = held(built[0])
     sources = {
-        p.relative_to(ROOT).as_posix() for p in (ROOT / "qleak").rglob("*") if p.suffix in (".py", ".cpp", ".h", ".j2", ".css", ".js")
+        p.relative_to(ROOT).as_posix()
+        for p in (ROOT / "qleak").rglob("*")
+        if p.suffix in (".py", ".cpp", ".h", ".j2", ".css", ".js")
     }
     recipes = {f"qleak/{p.relative_to(ROOT).as_posix()}" for p in (ROOT / "recipes").glob("*.py")}
     weights = {f"qleak/assets/{p.name}" for p in (ROOT / "assets/weights").iterdir() if p.is_file()}
