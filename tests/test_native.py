@@ -152,6 +152,32 @@ def test_what_is_not_a_number_stays_so():
     assert pull.isnan().all()
 
 
+@compiled
+def test_a_kernel_is_told_nothing_wrong():
+    g = Geometry(5, 5, 2, 3, 3, 1, 1)
+    x, d, k = images(2, 2, 5, 5), images(2, 3, 5, 5, name="d"), draw(3, 2, 3, 3, name="k")
+    native.forward(g, x, k, None, 2)
+    wrong = [
+        lambda: native.forward(g, x[:, :1], k, None, 2),
+        lambda: native.forward(g, x, k.float(), None, 2),
+        lambda: native.forward(g, x, k[None], None, 2),
+        lambda: native.forward(g, x, k, draw(2), 2),
+        lambda: native.transposed(g, d[:, :, :4], k, 2),
+        lambda: native.weigh(g, x, d[:1], None, 1.0, 2),
+        lambda: native.weigh(g, x, d, k, 1.0, 2),
+        lambda: native.sides(draw(2, 3, 4), draw(2, 1, 3), draw(2, 1, 5)),
+        lambda: native.outside(draw(2, 3, 4), draw(2, 3, 5), draw(2, 1, 3), draw(2, 1, 4), 1.0),
+    ]
+    for each in wrong:
+        with pytest.raises(ValueError, match=r"Expected torch\.float64"):
+            each()
+    state = lbfgs(4).init(draw(2, 6))
+    part = state.pairs.transpose(0, 1).contiguous().transpose(0, 1)
+    rest = [torch.zeros(2, dtype=torch.int64), *(torch.ones(2, dtype=F64) for _ in range(2)), state.x, state.x, 1]
+    with pytest.raises(ValueError, match="in one piece"):
+        native.lbfgs(part, state.inverse, state.yy, state.diagonal, *rest)
+
+
 # --- where there are none -------------------------------------------------------------------------
 
 

@@ -76,6 +76,17 @@ def call(name: str, kind: torch.dtype) -> Any:
     return getattr(library().code, f"{name}_{KINDS[kind]}")
 
 
+def address(v: Tensor, kind: torch.dtype, *shape: int) -> int:
+    """Where a tensor's numbers lie, for a kernel that will believe what it is told; the caller keeps the tensor.
+
+    Raises:
+        ValueError: it is not of this kind and shape, or not on the CPU.
+    """
+    if v.dtype != kind or v.shape != shape or v.is_cuda:
+        raise ValueError(f"Expected {kind} {list(shape)} on the CPU; got {v.dtype} {list(v.shape)} on {v.device}.")
+    return v.data_ptr()
+
+
 def _compiler() -> list[str] | None:
     """The command in front of the flags."""
     if sys.platform == "win32":  # pragma: no cover: other flags, another kind of library

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qleak.native.build import call
+from qleak.native.build import address, call
 
 
 class Geometry(NamedTuple):
@@ -28,33 +28,50 @@ class Geometry(NamedTuple):
     padding: int
 
     @property
+    def seen(self) -> tuple[int, int, int]:
+        """Shape of an input image."""
+        return self.cin, self.height, self.width
+
+    @property
+    def weights(self) -> tuple[int, int, int, int]:
+        """Shape of the kernels of a lane."""
+        return self.cout, self.cin, self.kernel, self.kernel
+
+    @property
     def sides(self) -> tuple[int, int]:
         """Rows and columns of the output."""
-        rows, columns = ((n + 2 * self.padding - self.kernel) // self.stride + 1 for n in self[:2])
-        return rows, columns
+        spare = 2 * self.padding - self.kernel
+        return (self.height + spare) // self.stride + 1, (self.width + spare) // self.stride + 1
 
 
 def forward(
     g: Geometry, x: Tensor, kernels: Tensor, bias: Tensor | None, lanes: int, onto: Tensor | None = None
 ) -> Tensor:
     """K ⋆ x + bias `[lane·b out rows columns]`, `bias [(lane) out]` shared as the kernels are; added to `onto`, in place, if given."""
+    kind, images, own = x.dtype, len(x), kernels.shape[:-4]
     x, kernels, bias = _last(x), kernels.contiguous(), None if bias is None else bias.contiguous()
     out = _images(x, g.cout, *g.sides) if onto is None else onto
-    own = kernels.ndim == 5
-    call("forward", x.dtype)(
-        _at(x), _at(kernels), _at(bias), _at(out), _sizes(g), lanes, len(x) // lanes, own, onto is not None
-    )
+    call("forward", kind)(
+        address(x, kind, images, *g.seen),
+        address(kernels, kind, *_own(own, lanes), *g.weights),
+        None if bias is None else address(bias, kind, *own, g.cout),
+        address(out, kind, images, g.cout, *g.sides),
+        _sizes(g), lanes, images // lanes, bool(own), onto is not None,
+    )  # fmt: skip
     return out
 
 
 def transposed(g: Geometry, delta: Tensor, kernels: Tensor, lanes: int, onto: Tensor | None = None) -> Tensor:
     """(∂(K ⋆ x)/∂x)ᵀ δ `[lane·b in h w]` of an output's error; added to `onto`, in place, if given."""
+    kind, images, own = delta.dtype, len(delta), kernels.shape[:-4]
     delta, kernels = _last(delta), kernels.contiguous()
-    out = _images(delta, g.cin, g.height, g.width) if onto is None else onto
-    own = kernels.ndim == 5
-    call("transposed", delta.dtype)(
-        _at(delta), _at(kernels), _at(out), _sizes(g), lanes, len(delta) // lanes, own, onto is not None
-    )
+    out = _images(delta, *g.seen) if onto is None else onto
+    call("transposed", kind)(
+        address(delta, kind, images, g.cout, *g.sides),
+        address(kernels, kind, *_own(own, lanes), *g.weights),
+        address(out, kind, images, *g.seen),
+        _sizes(g), lanes, images // lanes, bool(own), onto is not None,
+    )  # fmt: skip
     return out
 
 
@@ -62,11 +79,15 @@ def weigh(
     g: Geometry, x: Tensor, delta: Tensor, less: Tensor | None, scale: float, lanes: int
 ) -> tuple[Tensor, Tensor]:
     """`scale` · ∂ℓ/∂K − less `[lane out in k k]` and scale · ∂ℓ/∂bias `[lane out]`, summed over a lane's images."""
+    kind, images = x.dtype, len(x)
     x, delta, less = _last(x), _last(delta), None if less is None else less.contiguous()
-    found, total = x.new_empty(lanes, g.cout, g.cin, g.kernel, g.kernel), x.new_empty(lanes, g.cout)
-    call("weigh", x.dtype)(
-        _at(x), _at(delta), _at(less), _at(found), _at(total), _sizes(g), lanes, len(x) // lanes, scale
-    )
+    found, total = x.new_empty(lanes, *g.weights), x.new_empty(lanes, g.cout)
+    call("weigh", kind)(
+        address(x, kind, images, *g.seen),
+        address(delta, kind, images, g.cout, *g.sides),
+        None if less is None else address(less, kind, lanes, *g.weights),
+        found.data_ptr(), total.data_ptr(), _sizes(g), lanes, images // lanes, scale,
+    )  # fmt: skip
     return found, total
 
 
@@ -75,9 +96,9 @@ def _sizes(g: Geometry) -> Any:
     return (ctypes.c_int64 * len(g))(*g)
 
 
-def _at(v: Tensor | None) -> int | None:
-    """Where its numbers lie: the caller keeps the tensor, a pointer does not."""
-    return None if v is None else v.data_ptr()
+def _own(own: tuple[int, ...], lanes: int) -> tuple[int, ...]:
+    """What stands in front of a kernel's own axes: as many as there are lanes, or nothing."""
+    return (lanes,) if own else ()
 
 
 def _last(x: Tensor) -> Tensor:
