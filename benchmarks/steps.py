@@ -11,12 +11,13 @@ from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import bench
 import closures
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from qleak import native, pool, random
+from qleak import native, pool, random, tree
 from qleak.attacks import dlg, lbfgs, objectives, routes
 
 PARTS = ("a step", "derivatives", "L-BFGS")
@@ -25,14 +26,12 @@ PARTS = ("a step", "derivatives", "L-BFGS")
 def parts(lanes: int) -> dict[str, Callable[[], Any]]:
     """What is timed, each ready for another call."""
     attack, seen, optimizer = dlg(), closures.view("lenet", lanes), lbfgs(armijo=False)
-    alone = seen.at(torch.tensor([0]))
-    draws = [attack.draw(random.generator("start", i), alone) for i in range(lanes)]
-    state = attack.init(seen, {k: torch.stack([d[k] for d in draws]) for k in draws[0]})
+    start = tree.stack(bench.starts(attack, seen.at(torch.tensor([0])), lanes))
+    state = attack.init(seen, start)
     for _ in range(110):
         state, _ = attack.step(seen, state)
     held = {"state": state, "pairs": attack.step(seen, state)[0].optimizer}
-    objective, target = objectives.objective(seen, "l2"), torch.softmax(torch.stack([d["logits"] for d in draws]), -1)
-    images = torch.stack([d["x"] for d in draws])
+    objective, target = objectives.objective(seen, "l2"), torch.softmax(start["logits"], -1)
     slope = random.normal(random.generator("slope"), held["pairs"].x.shape) * 1e-3
 
     def step() -> None:
@@ -42,7 +41,7 @@ def parts(lanes: int) -> dict[str, Callable[[], Any]]:
         _, held["pairs"] = optimizer.update(held["pairs"], held["pairs"].x, held["pairs"].loss, slope)
 
     return dict(
-        zip(PARTS, (step, lambda: routes.closure(seen, objective)(images, target, state.goal), turn), strict=True)
+        zip(PARTS, (step, lambda: routes.closure(seen, objective)(start["x"], target, state.goal), turn), strict=True)
     )
 
 

@@ -244,7 +244,7 @@ def test_no_compiler_an_absent_one_and_none_wanted(fresh, tmp_path, monkeypatch)
 
 
 @compiled
-def test_a_folder_that_takes_nothing(fresh, tmp_path, monkeypatch):
+def test_a_folder_that_takes_nothing(fresh, tmp_path):
     (tmp_path / "qleak").write_text("a file in the way")
     code, why = fresh()
     assert code is None

@@ -61,9 +61,7 @@ def push(
     return own if tangent is None else own.add_(F.conv2d(tangent, weight, stride=o["stride"], padding=o["padding"]))
 
 
-def pull(
-    layer: Layer, way: Way, weight: Tensor, before: Tensor, gathered: Tensor, prime: Tensor, v: Tensor
-) -> Tensor:  # fmt: skip
+def pull(layer: Layer, way: Way, weight: Tensor, before: Tensor, gathered: Tensor, prime: Tensor, v: Tensor) -> Tensor:
     """(∂(V ⋆ h)/∂h)ᵀ δ + (∂(K ⋆ h)/∂h)ᵀ δ′."""
     if isinstance(way, Geometry):
         return native.transposed(way, prime, weight, 1, native.transposed(way, gathered, v, len(v)))

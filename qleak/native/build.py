@@ -53,8 +53,7 @@ def library() -> Library:
                 return Library(_load(path), name)
             except OSError:  # a torn file: made anew
                 path.unlink(missing_ok=True)
-        _compile(compiler, path)
-        return Library(_load(path), name)
+        return Library(_compile(compiler, path), name)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         return Library(None, f"{name}: {_line(error)}")
 
@@ -118,15 +117,19 @@ def _processor() -> str:
     return "\n".join(dict.fromkeys(line for line in lines if line.startswith(wanted)))
 
 
-def _compile(compiler: list[str], path: Path) -> None:
-    """Into a file of its own first: whoever looks meanwhile, or after a crash, sees a whole library or none."""
+def _compile(compiler: list[str], path: Path) -> ctypes.CDLL:
+    """Into a file of its own first: whoever looks meanwhile, or after a crash, sees a whole library or none.
+
+    What does not load, or computes something else, is not kept.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         command = [*compiler, *FLAGS, *(str(HERE / part) for part in SOURCES), "-o", str(made)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=PATIENCE)
-        _load(made)  # what does not load, or computes something else, is not kept
+        code = _load(made)
         made.replace(path)
+    return code
 
 
 def _load(path: Path) -> ctypes.CDLL:

@@ -171,7 +171,7 @@ void transposed(const T *d, const T *kernels, T *out, const Shape &s, int64_t la
     std::vector<int64_t> begin;
     for (int64_t c = 0, many; c < phases; c += many) {
         int64_t phase = c / s.in, from = c % WIDE<T>;
-        many = std::min({WIDE<T> - from, s.in - c % s.in});
+        many = std::min(WIDE<T> - from, s.in - c % s.in);
         if (!from) begin.push_back(pieces.size());
         pieces.push_back({phase / st - s.padding, phase % st - s.padding, c % s.in, from, many});
     }
