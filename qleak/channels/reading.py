@@ -128,8 +128,8 @@ def soft_triangle(t: Tensor, r: Tensor) -> Tensor:
 
 
 def read_coin(m: Tensor, at: Tensor, step: Tensor, v: Tensor | None) -> Tensor:
-    """The reading of stochastic rounding to `at` on a grid of width `step` (0: an exact number)."""
-    point = step == 0
+    """The reading of stochastic rounding to `at` on a grid of width `step` (0, or so small that 1/step is infinite: an exact number)."""
+    point = step < torch.finfo(step.dtype).tiny / CLIFF  # the steepest slope is 1/(CLIFF · step)
     width = torch.where(point, 1, step)
     t = (m - at) / width
     if v is None:
